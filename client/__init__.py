@@ -1,0 +1,1 @@
+"""The hospital: data, training, privacy, and the app that answers the coordinator."""

@@ -1,0 +1,1 @@
+"""From a hospital's disk to checked, prepared cases."""

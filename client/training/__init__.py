@@ -1,0 +1,1 @@
+"""Training at one hospital, with and without differential privacy."""

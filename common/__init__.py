@@ -1,0 +1,1 @@
+"""The vocabulary that both sides speak: files, messages, tasks, models, metrics, privacy."""

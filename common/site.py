@@ -1,0 +1,84 @@
+"""site.toml: the hospital's own file. Where it and a study disagree, this one wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from medfl.common import config
+from medfl.common.source import DataSource
+from medfl.common.written import Count, Name, NotNegative, Positive, written
+
+
+@written
+class Policy:
+    """What this hospital allows, whatever a study asks.
+
+    min_cases: fewer training cases than this, and the site takes no part.
+    tasks: kinds of task allowed.
+    round_metrics_to: decimals of metrics that leave the hospital.
+    """
+
+    min_cases: Count = 1
+    tasks: tuple[Literal["classification", "segmentation", "risk"], ...] = (
+        "classification",
+        "segmentation",
+        "risk",
+    )
+    round_metrics_to: Count = 4
+
+
+@written
+class SitePrivacy:
+    """The most privacy loss that this hospital accepts for one study, per training record.
+
+    epsilon, delta: differential privacy of the whole study (all rounds). A study that asks for
+        none, or for a larger epsilon or delta, is trained under these.
+    clip: bound on the L2 norm of one record's gradient, used where the study states none.
+    """
+
+    epsilon: Positive
+    delta: Positive = 1e-5
+    clip: Positive = 1.0
+
+
+@written
+class Cache:
+    """Prepared cases, so that the second epoch reads no DICOM.
+
+    path: folder; it holds derived patient data and belongs on an encrypted disk of the hospital.
+    max_gb: older entries are removed to stay below.
+    """
+
+    path: Path = Path(".medfl-cache")
+    max_gb: NotNegative = 50.0
+
+
+@written
+class Site:
+    """A hospital, as written in site.toml."""
+
+    name: Name
+    data: DataSource
+    policy: Policy = Policy()
+    privacy: SitePrivacy | None = None
+    cache: Cache = Cache()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def faults(self) -> list[str]:
+        """Contradictions between keys, one line each."""
+        return []
+
+
+def load_site(path: Path) -> Site:
+    """Read site.toml; relative paths in it start at its folder. Raises ConfigError."""
+    site = config.load(path, Site)
+    folder = path.resolve().parent
+    return Site(
+        name=site.name,
+        data=site.data.below(folder),
+        policy=site.policy,
+        privacy=site.privacy,
+        cache=Cache(path=folder / site.cache.path, max_gb=site.cache.max_gb),
+        device=site.device,
+    )

@@ -1,0 +1,55 @@
+"""Where a hospital's cases lie: the `[data]` table of site.toml, and of a study's `[simulation]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from medfl.common.written import written
+
+Format = Literal["dicom", "nifti", "image", "decathlon", "medmnist", "hdf5", "table"]
+
+
+@written
+class DataSource:
+    """One collection of cases on a hospital's disk.
+
+    path: a folder or file. Relative paths start at the folder of the file that names them.
+    table: CSV with one line a case (or an image); gives patient, files, label, split. Formats that
+        carry their own list (decathlon, medmnist, hdf5) and plain folders do without.
+    columns: the names this hospital uses for what the study speaks of. Keys: patient, case, image,
+        mask, label, split, or a feature of the study; values: column names of the table.
+    header: column names of a table that has no first line with names.
+    masks: folder of the masks, for formats where they lie apart.
+    missing: texts that stand for "no value" in the table.
+    """
+
+    format: Format
+    path: Path
+    table: Path | None = None
+    columns: dict[str, str] | None = None
+    header: list[str] | None = None
+    delimiter: str = ","
+    masks: Path | None = None
+    missing: tuple[str, ...] = ("", "?", "NA", "N/A", "NaN", "nan", "null")
+
+    def below(self, folder: Path) -> DataSource:
+        """The same source with relative paths starting at `folder`."""
+
+        def place(path: Path | None) -> Path | None:
+            return None if path is None else folder / path
+
+        return DataSource(
+            format=self.format,
+            path=folder / self.path,
+            table=place(self.table),
+            columns=self.columns,
+            header=self.header,
+            delimiter=self.delimiter,
+            masks=place(self.masks),
+            missing=self.missing,
+        )
+
+    def column(self, name: str) -> str:
+        """This hospital's column for what the study calls `name`."""
+        return (self.columns or {}).get(name, name)

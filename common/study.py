@@ -1,0 +1,449 @@
+"""study.toml: the agreement between the hospitals. Its digest is what everybody signs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from medfl.common import config
+from medfl.common.source import DataSource
+from medfl.common.written import (
+    Count,
+    Finite,
+    Fraction,
+    Name,
+    NotNegative,
+    Option,
+    Positive,
+    written,
+)
+
+TaskKind = Literal["classification", "segmentation", "risk"]
+
+
+@written
+class Task:
+    """What is predicted.
+
+    classes: names in the order of the model's outputs. Segmentation: background first, mask value
+        k is class k. Two classes of a classification or a risk: the second is the positive one.
+    label_map: values found in the hospitals' files -> class name, where they differ.
+    multi_label: a case may have any number of the classes (classification only); the label
+        column then lists class names separated by `|`, or there is one 0/1 column a class.
+    """
+
+    kind: TaskKind
+    classes: list[str]
+    label_map: dict[str, str] | None = None
+    multi_label: bool = False
+
+
+@written
+class ImageInput:
+    """How every hospital turns its images into the same network input.
+
+    size: voxels of the network input, in the order of `orientation` (2-D: rows, columns).
+    spacing_mm: resample to this; omitted, images keep their own spacing.
+    orientation: anatomical axes of a volume, such as RAS (nibabel's letters); 2-D has none.
+    fit: pad_crop centres the image in `size`; resize scales it; keep leaves each image its own
+        size (training then takes random patches of `size`, evaluation slides a window).
+    intensity: zscore = each image to mean 0, sd 1; range = `window` to 0..1 (HU for CT);
+        percentiles = each image's 0.5 to 99.5 percentile to 0..1; federated = one mean and sd of
+        all hospitals, from the prepare exchange; none = stored values.
+    dark_background: turn images whose background is bright (median above mid-range) over.
+    """
+
+    dimensions: Literal[2, 3]
+    size: list[Count]
+    channels: Count = 1
+    spacing_mm: list[Positive] | None = None
+    orientation: str = "RAS"
+    fit: Literal["pad_crop", "resize", "keep"] = "pad_crop"
+    intensity: Literal["zscore", "range", "percentiles", "federated", "none"] = "zscore"
+    window: tuple[Finite, Finite] | None = None
+    dark_background: bool = False
+
+
+@written
+class Feature:
+    """One field of a record.
+
+    range: plausible values of a number; with scale = "range" they become 0..1 around 0 (-1..1),
+        which costs no privacy because nobody's data is read for it.
+    levels: values of a category; omitted, the prepare exchange collects them from all hospitals.
+    """
+
+    name: str
+    kind: Literal["number", "category"] = "number"
+    range: tuple[Finite, Finite] | None = None
+    levels: list[str] | None = None
+
+
+@written
+class RecordInput:
+    """How every hospital turns its records into the same numbers.
+
+    scale: federated = mean and sd over all hospitals' training records, from sums in the prepare
+        exchange; site = each hospital's own; range = the study's ranges; none = as they are.
+    missing: drop = leave the record out; mean = fill with the scaled middle (0); indicator = fill
+        and add a 0/1 column that says so.
+    """
+
+    features: list[Feature]
+    scale: Literal["federated", "site", "range", "none"] = "federated"
+    missing: Literal["drop", "mean", "indicator"] = "drop"
+
+
+@written
+class Model:
+    """The network, by its name in the catalogue (`medfl.common.models`).
+
+    options: the catalogue entry's own options, such as channels or depth.
+    start_weights: a local safetensors file to start from (fine-tuning), with its SHA-256, so that
+        every hospital starts from the same.
+    freeze: parameters that stay as they are, by the beginning of their names.
+    """
+
+    name: str
+    options: dict[str, Option] | None = None
+    start_weights: Path | None = None
+    start_weights_sha256: str | None = None
+    freeze: tuple[str, ...] = ()
+
+
+@written
+class Augmentation:
+    """One random transform of the catalogue (`medfl.client.training.augment`)."""
+
+    name: str
+    probability: Fraction | Literal[1] = 0.5
+    options: dict[str, Option] | None = None
+
+
+@written
+class Training:
+    """What a hospital does between two exchanges.
+
+    Exactly one of local_steps (optimiser steps a round) and local_epochs (passes a round).
+    schedule: learning rate over the *whole* federation's rounds, not one round's steps.
+    class_weights: for the weighted losses, in the order of the classes; omitted where the loss
+        needs them, they come from the prepare exchange's class counts.
+    threads: CPU threads a training process uses; part of the study because float sums differ
+        with it, and results must not depend on the machine.
+    """
+
+    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: Positive = 0.01
+    momentum: Fraction = 0.0
+    weight_decay: NotNegative = 0.0
+    batch_size: Count = 32
+    local_steps: Count | None = None
+    local_epochs: Count | None = None
+    loss: Literal["cross_entropy", "weighted_cross_entropy", "focal", "dice", "dice_ce"] = (
+        "cross_entropy"
+    )
+    class_weights: list[Positive] | None = None
+    focal_gamma: NotNegative = 2.0
+    schedule: Literal["constant", "cosine", "step", "linear"] = "constant"
+    warmup_rounds: int = 0
+    final_fraction: Fraction = 0.0
+    augment: list[Augmentation] | None = None
+    clip_gradient: Positive | None = None
+    mixed_precision: Literal["auto", "off"] = "auto"
+
+
+@written
+class Federation:
+    """How the hospitals' updates become the next model.
+
+    strategy, options: an entry of the catalogue (`medfl.strategies`) and its settings.
+    weighting: a hospital's say in the mean, by its training cases or equal.
+    min_sites: fewer answers than this, and the round is void.
+    sites_per_round: so many are drawn each round; omitted, all take part.
+    keep: which model is published: the last, or the best by `best_metric` on validation parts.
+    """
+
+    rounds: Count
+    strategy: str = "fedavg"
+    options: dict[str, Option] | None = None
+    weighting: Literal["cases", "equal"] = "cases"
+    min_sites: Count = 1
+    sites_per_round: Count | None = None
+    keep: Literal["last", "best"] = "last"
+    best_metric: str | None = None
+
+
+@written
+class Privacy:
+    """Differential privacy that every hospital trains under; a hospital may ask for more.
+
+    epsilon, delta: for the whole study, all rounds together, per `unit`.
+    clip: bound on the L2 norm of one unit's gradient.
+    """
+
+    epsilon: Positive
+    delta: Positive
+    clip: Positive = 1.0
+    unit: Literal["record"] = "record"
+
+
+@written
+class Evaluation:
+    """Which cases train, validate and test, always by patient, and what is measured.
+
+    split: hash = by a keyed hash of the patient, so that added data moves nobody; given = the
+        table's split column (train, validation, test) or the format's own parts; shuffled =
+        scikit-learn's train_test_split over the case order (to repeat published protocols).
+    validation, test: shares of the patients. With folds, fold `fold` of `folds` is the test part.
+    stratify: shuffled only: keep class shares where every class has more than two cases.
+    metrics: what is reported; omitted, the task's own list.
+    bootstrap: resamples of patients for the intervals; 0 = none.
+    """
+
+    split: Literal["hash", "given", "shuffled"] = "hash"
+    validation: Fraction = 0.15
+    test: Fraction = 0.2
+    folds: Count | None = None
+    fold: int = 0
+    key: str = "medfl"
+    random_state: int = 0
+    stratify: bool = False
+    metrics: list[str] | None = None
+    bootstrap: int = 1000
+
+
+@written
+class Quality:
+    """How much unusable data a hospital may have and still take part.
+
+    max_quarantined: share of the cases. Above it, the hospital is asked to look first.
+    min_cases: usable cases that a hospital needs at least.
+    """
+
+    max_quarantined: Fraction = 0.1
+    min_cases: Count = 2
+
+
+@written
+class SimulatedSite:
+    """One hospital made from a public data set; paths start at `--data`."""
+
+    name: Name
+    data: DataSource
+    privacy_epsilon: Positive | None = None
+
+
+@written
+class Partition:
+    """How one public collection becomes several hospitals.
+
+    column: one site a value of this column of the table; `merge_below` joins smaller ones into
+        the site `rest`. iid: equal random parts. label_skew: Dirichlet(alpha) over the classes
+        (Hsu et al. 2019). quantity_skew: Dirichlet(alpha) over the sizes. size: by image volume
+        in voxels, smallest first, equal counts.
+    """
+
+    kind: Literal["column", "iid", "label_skew", "quantity_skew", "size"]
+    sites: Count | None = None
+    column: str | None = None
+    alpha: Positive = 0.5
+    merge_below: int = 0
+    seed: int = 0
+
+
+@written
+class Simulation:
+    """How `medfl-simulate --data DIR` finds the hospitals; hospitals themselves ignore it.
+
+    Either `sites`, or `data` with `partition`; without this table, every folder below DIR that
+    holds a site.toml is a hospital.
+    """
+
+    sites: list[SimulatedSite] | None = None
+    data: DataSource | None = None
+    partition: Partition | None = None
+
+
+@written
+class Study:
+    """The agreement: what is computed, from what, how, and under which privacy."""
+
+    name: Name
+    task: Task
+    model: Model
+    training: Training
+    federation: Federation
+    title: str = ""
+    purpose: str = ""
+    image: ImageInput | None = None
+    record: RecordInput | None = None
+    privacy: Privacy | None = None
+    evaluation: Evaluation = Evaluation()
+    quality: Quality = Quality()
+    simulation: Simulation | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical form: every key with its default, sorted, as compact JSON.
+
+        Comments, order and spelling of numbers in the file do not matter; every value does.
+        """
+        plain = asdict(self)
+        # The start weights are named by their content; where they lie is each machine's own affair.
+        plain["model"].pop("start_weights")
+        text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def with_strategy(self, strategy: str) -> Study:
+        """The same study under another strategy with that strategy's default options."""
+        if strategy == self.federation.strategy:
+            return self
+        return replace(self, federation=replace(self.federation, strategy=strategy, options=None))
+
+    def faults(self) -> list[str]:
+        """Contradictions between keys, one line each."""
+        return [line for group in _CHECKS for line in group(self)]
+
+
+def load_study(path: Path) -> Study:
+    """Read study.toml; relative paths in it start at its folder. Raises ConfigError."""
+    study = config.load(path, Study)
+    if study.model.start_weights is not None:
+        place = path.resolve().parent / study.model.start_weights
+        study = replace(study, model=replace(study.model, start_weights=place))
+    return study
+
+
+def _task_faults(study: Study) -> list[str]:
+    task, faults = study.task, []
+    if len(task.classes) < 2 and not task.multi_label:
+        faults.append("task.classes: has fewer than two names; name every class")
+    if len(set(task.classes)) != len(task.classes):
+        faults.append("task.classes: names a class twice; give each its own name")
+    if task.kind == "risk" and len(task.classes) != 2:
+        faults.append('task.classes: a risk has two outcomes; write ["no event", "event"]')
+    for value, name in (task.label_map or {}).items():
+        if name not in task.classes:
+            faults.append(
+                f"task.label_map.{value}: {name!r} is not in task.classes; use one of {task.classes}"
+            )
+    if task.multi_label and task.kind != "classification":
+        faults.append("task.multi_label: only a classification has it; remove the key")
+    return faults
+
+
+def _input_faults(study: Study) -> list[str]:
+    faults = []
+    if (study.image is None) == (study.record is None):
+        faults.append("image, record: a study has exactly one of these tables; keep one")
+    if study.task.kind == "segmentation" and study.record is not None:
+        faults.append("record: a segmentation needs images; write an [image] table")
+    image = study.image
+    if image is not None:
+        if len(image.size) != image.dimensions:
+            faults.append(
+                f"image.size: has {len(image.size)} numbers for {image.dimensions} dimensions; "
+                f"write {image.dimensions}"
+            )
+        if image.spacing_mm is not None and len(image.spacing_mm) != image.dimensions:
+            faults.append(f"image.spacing_mm: write {image.dimensions} numbers, one an axis")
+        if image.intensity == "range" and image.window is None:
+            faults.append('image.window: is missing; intensity = "range" needs [low, high]')
+        if image.window is not None and image.window[0] >= image.window[1]:
+            faults.append("image.window: low must be below high; write [low, high]")
+        letters = {"L": "x", "R": "x", "A": "y", "P": "y", "S": "z", "I": "z"}
+        if sorted(letters.get(c, "?") for c in image.orientation) != ["x", "y", "z"]:
+            faults.append('image.orientation: write one of each pair R/L, A/P, S/I, such as "RAS"')
+        if image.fit == "keep" and study.task.kind != "segmentation":
+            faults.append('image.fit: "keep" serves segmentation only; use pad_crop or resize')
+    if study.record is not None:
+        names = [f.name for f in study.record.features]
+        if not names:
+            faults.append("record.features: is empty; name at least one feature")
+        if len(set(names)) != len(names):
+            faults.append("record.features: names a feature twice; remove one")
+        for number, feature in enumerate(study.record.features):
+            if feature.range is not None and feature.range[0] >= feature.range[1]:
+                faults.append(f"record.features.{number}.range: low must be below high")
+            if study.record.scale == "range" and feature.kind == "number" and not feature.range:
+                faults.append(
+                    f'record.features.{number}.range: is missing; scale = "range" needs '
+                    f"[low, high] for {feature.name}"
+                )
+    return faults
+
+
+def _training_faults(study: Study) -> list[str]:
+    training, faults = study.training, []
+    if (study.model.start_weights is None) != (study.model.start_weights_sha256 is None):
+        faults.append("model.start_weights, model.start_weights_sha256: go together; write both")
+    if (training.local_steps is None) == (training.local_epochs is None):
+        faults.append("training.local_steps, training.local_epochs: write exactly one of the two")
+    if training.loss in ("dice", "dice_ce") and study.task.kind != "segmentation":
+        faults.append(f'training.loss: "{training.loss}" compares masks; use "cross_entropy"')
+    outputs = len(study.task.classes)
+    if training.class_weights is not None and len(training.class_weights) != outputs:
+        faults.append(f"training.class_weights: write {outputs} numbers, one a class")
+    if training.warmup_rounds < 0 or training.warmup_rounds >= study.federation.rounds:
+        if training.warmup_rounds != 0:
+            faults.append("training.warmup_rounds: must be at least 0 and below federation.rounds")
+    return faults
+
+
+def _federation_faults(study: Study) -> list[str]:
+    federation, faults = study.federation, []
+    if federation.keep == "best" and federation.best_metric is None:
+        faults.append('federation.best_metric: is missing; keep = "best" needs the metric to go by')
+    if federation.sites_per_round is not None and federation.sites_per_round < federation.min_sites:
+        faults.append("federation.sites_per_round: must be at least federation.min_sites")
+    if study.privacy is not None and study.privacy.delta >= 1:
+        faults.append("privacy.delta: must be below 1; use less than 1 / number of patients")
+    return faults
+
+
+def _evaluation_faults(study: Study) -> list[str]:
+    evaluation, faults = study.evaluation, []
+    if evaluation.validation + evaluation.test >= 1:
+        faults.append("evaluation.validation, evaluation.test: leave no patients for training")
+    if evaluation.folds is not None and not 0 <= evaluation.fold < evaluation.folds:
+        faults.append("evaluation.fold: must be from 0 to evaluation.folds - 1")
+    if evaluation.folds == 1:
+        faults.append("evaluation.folds: one fold leaves nothing to train on; use 2 or more")
+    if evaluation.bootstrap < 0:
+        faults.append("evaluation.bootstrap: must be at least 0")
+    return faults
+
+
+def _simulation_faults(study: Study) -> list[str]:
+    simulation = study.simulation
+    if simulation is None:
+        return []
+    faults = []
+    if (simulation.sites is None) == (simulation.data is None):
+        faults.append("simulation.sites, simulation.data: write exactly one of the two")
+    if (simulation.data is None) != (simulation.partition is None):
+        faults.append("simulation.data, simulation.partition: go together; write both or none")
+    names = [s.name for s in simulation.sites or []]
+    if len(set(names)) != len(names):
+        faults.append("simulation.sites: names a site twice; give each its own name")
+    partition = simulation.partition
+    if partition is not None:
+        if partition.kind == "column" and partition.column is None:
+            faults.append("simulation.partition.column: is missing; name the table's column")
+        if partition.kind != "column" and partition.sites is None:
+            faults.append("simulation.partition.sites: is missing; say how many sites")
+    return faults
+
+
+_CHECKS = (
+    _task_faults,
+    _input_faults,
+    _training_faults,
+    _federation_faults,
+    _evaluation_faults,
+    _simulation_faults,
+)

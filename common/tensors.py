@@ -1,0 +1,101 @@
+"""Named arrays: the form in which weights, updates and sums travel and rest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medfl.common.errors import StorageError
+
+Array = NDArray[np.generic]
+Tensors = Mapping[str, Array]
+
+
+def l2_norm(tensors: Tensors) -> float:
+    """Euclidean norm over all floating entries, accumulated in float64."""
+    return float(
+        np.sqrt(
+            sum(float(np.sum(np.square(a, dtype=np.float64))) for a in floats(tensors).values())
+        )
+    )
+
+
+def floats(tensors: Tensors) -> dict[str, Array]:
+    """The entries that can be averaged; integer buffers (a batch counter) cannot."""
+    return {name: a for name, a in tensors.items() if np.issubdtype(a.dtype, np.floating)}
+
+
+def subtract(left: Tensors, right: Tensors) -> dict[str, Array]:
+    """left - right for each floating name of `left`."""
+    return {name: np.subtract(a, right[name]) for name, a in floats(left).items()}
+
+
+def add(left: Tensors, right: Tensors) -> dict[str, Array]:
+    """left + right where `right` has the name, else left unchanged."""
+    return {name: np.add(a, right[name]) if name in right else a for name, a in left.items()}
+
+
+def digest(tensors: Tensors) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in order of name."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        sha.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()
+
+
+def save(tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file in one atomic step: a reader sees the old file or the new one.
+
+    Raises:
+        StorageError: the disk refused; the old file, if any, is untouched.
+    """
+    from safetensors.numpy import save as to_bytes
+
+    contiguous = {name: np.ascontiguousarray(a) for name, a in tensors.items()}
+    write_atomic(path, to_bytes(contiguous, dict(metadata or {})))
+
+
+def load(path: Path) -> dict[str, Array]:
+    """Read a safetensors file.
+
+    Raises:
+        StorageError: missing, or not a safetensors file (a pickled .pt file is refused here).
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError:
+        raise StorageError(f"{path}: there is no such file; check the path") from None
+    except SafetensorError as error:
+        raise StorageError(
+            f"{path}: is not a whole safetensors file ({error}). medfl reads no other format for "
+            "weights; convert a .pt file on a machine that trusts it"
+        ) from None
+
+
+def write_atomic(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write next to `path`, flush to disk, then rename over it. Raises StorageError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            for chunk in [content] if isinstance(content, bytes) else content:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(
+            f"{path}: could not be written ({error.strerror}). Free some space or name another "
+            "folder, then run the same command again"
+        ) from None

@@ -1,0 +1,1 @@
+"""The coordinator: rounds, checkpoints, reports. It never sees a patient."""

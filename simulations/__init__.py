@@ -1,0 +1,1 @@
+"""Many sites on one machine: the same apps under an in-process grid."""
