@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -26,6 +27,10 @@ T = TypeVar("T", bound=Checked)
 # What pydantic says, in the words of somebody who edits a text file.
 _WORDS = {
     "missing": "is missing; add it",
+    "option_type": "must be text, true or false, a number, or a list of numbers or of texts",
+    "string_pattern_mismatch": (
+        "must start with a letter or digit and hold up to 63 lower-case letters, digits, - and _"
+    ),
     "int_type": "must be a whole number",
     "int_from_float": "must be a whole number",
     "int_parsing": "must be a whole number",
@@ -48,11 +53,13 @@ def load(path: Path, kind: type[T]) -> T:
         ConfigError: with one line per fault, all of them at once.
     """
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; check the path") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: is a folder; name the .toml file in it") from None
+    except PermissionError:
+        raise ConfigError(f"{path}: may not be read by this user; change its permissions") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
@@ -63,7 +70,9 @@ def load(path: Path, kind: type[T]) -> T:
 def parse(raw: Mapping[str, Any], kind: type[T], source: str) -> T:
     """Turn parsed TOML into `kind`; `source` names the file in the messages. Raises ConfigError."""
     try:
-        value = TypeAdapter(kind).validate_python(raw, strict=False)
+        # As JSON, strict means what a file's reader expects: 1 is a number and text is a path, but
+        # "5" and true are not 5 and 1.
+        value = TypeAdapter(kind).validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError([f"{source}: {_line(fault, kind)}" for fault in error.errors()]) from None
     if faults := value.faults():
@@ -84,6 +93,10 @@ def _line(fault: Any, kind: type) -> str:
         return f"{key}: is not a known key; {hint}"
     if fault["type"] == "literal_error":
         return f"{key}: must be one of {fault['ctx']['expected']}{got}"
+    if fault["type"] in ("too_long", "too_short"):
+        limit = fault["ctx"].get("max_length") or fault["ctx"]["min_length"]
+        side = "most" if fault["type"] == "too_long" else "least"
+        return f"{key}: must have at {side} {limit} entries"
     words = _WORDS.get(fault["type"]) or fault["msg"].removeprefix("Input should be ").strip()
     if fault["type"] not in _WORDS and fault["msg"].startswith("Input should be "):
         words = f"must be {words}"

@@ -1,4 +1,4 @@
-"""Where a hospital's cases lie: the `[data]` table of site.toml, and of a study's `[simulation]`."""
+"""Where a hospital's cases lie: `[data]` of site.toml, and of a study's `[simulation]`."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ them up and sends everybody the same `Shared`. No hospital's own mean is ever pu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -44,7 +45,7 @@ class LocalStatistics:
     """What one hospital adds to the prepare exchange, from its training cases alone.
 
     n_cases: training cases. class_counts: cases a class (segmentation: voxels a class).
-    features: moments of each number, by feature. levels: values seen of each category.
+    features: moments of each number, by feature. levels: records a value of each category.
     intensity: moments of each image channel's voxels.
     private: this hospital trains under differential privacy, so that everybody's model must be
         one that per-record gradients work with.
@@ -53,7 +54,7 @@ class LocalStatistics:
     n_cases: int
     class_counts: tuple[float, ...] = ()
     features: Mapping[str, Moments] = field(default_factory=dict)
-    levels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    levels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     intensity: tuple[Moments, ...] = ()
     private: bool = False
 
@@ -62,7 +63,8 @@ class LocalStatistics:
 class Shared:
     """What every hospital uses to turn its cases into the same numbers.
 
-    means, sds: by feature, over all hospitals. levels: sorted values of each category.
+    means, sds: over all hospitals, by feature and by `feature=level` (of the 0/1 column).
+    levels: sorted values of each category.
     channel_means, channel_sds: of the images, over all hospitals.
     class_counts: over all hospitals; empty where class weights are not shared.
     private: at least one hospital trains under differential privacy.
@@ -83,46 +85,55 @@ def merge(parts: Iterable[LocalStatistics]) -> Shared:
     Raises:
         FederationError: two hospitals count different classes or channels.
     """
-    total = LocalStatistics(n_cases=0)
-    for part in parts:
-        total = _add(total, part)
+    parts = list(parts)
+    levels = _levels(parts)
+    moments = {
+        **{
+            name: _sum([p.features[name] for p in parts if name in p.features])
+            for name in sorted({name for p in parts for name in p.features})
+        },
+        **{f"{name}={v}": m for name, found in levels.items() for v, m in found.items()},
+    }
+    channels = [_sum(c) for c in _columns([p.intensity for p in parts], "image channels")]
     return Shared(
-        means={name: m.mean for name, m in sorted(total.features.items())},
-        sds={name: m.sd for name, m in sorted(total.features.items())},
-        levels={name: tuple(sorted(v)) for name, v in sorted(total.levels.items())},
-        channel_means=tuple(m.mean for m in total.intensity),
-        channel_sds=tuple(m.sd for m in total.intensity),
-        class_counts=total.class_counts,
-        private=total.private,
+        means={name: m.mean for name, m in moments.items()},
+        sds={name: m.sd for name, m in moments.items()},
+        levels={name: tuple(found) for name, found in levels.items()},
+        channel_means=tuple(m.mean for m in channels),
+        channel_sds=tuple(m.sd for m in channels),
+        class_counts=tuple(
+            math.fsum(c) for c in _columns([p.class_counts for p in parts], "classes")
+        ),
+        private=any(p.private for p in parts),
     )
 
 
-def _add(left: LocalStatistics, right: LocalStatistics) -> LocalStatistics:
-    names = {*left.features, *right.features}
-    return LocalStatistics(
-        n_cases=left.n_cases + right.n_cases,
-        class_counts=_zip(left.class_counts, right.class_counts, "classes"),
-        features={
-            n: left.features.get(n, Moments()) + right.features.get(n, Moments()) for n in names
-        },
-        levels={
-            n: tuple({*left.levels.get(n, ()), *right.levels.get(n, ())})
-            for n in {*left.levels, *right.levels}
-        },
-        intensity=_zip(left.intensity, right.intensity, "image channels"),
-        private=left.private or right.private,
-    )
+def _levels(parts: Sequence[LocalStatistics]) -> dict[str, dict[str, Moments]]:
+    """Moments of each level's 0/1 column, by category and level, both sorted."""
+    levels = {}
+    for name in sorted({name for p in parts for name in p.levels}):
+        counts: Counter[str] = Counter()
+        for part in parts:
+            counts.update(part.levels.get(name, {}))
+        levels[name] = {v: Moments(counts.total(), n, n) for v, n in sorted(counts.items())}
+    return levels
 
 
-def _zip(left: tuple[Any, ...], right: tuple[Any, ...], what: str) -> tuple[Any, ...]:
-    if not left or not right:
-        return left or right
-    if len(left) != len(right):
+def _sum(moments: Iterable[Moments]) -> Moments:
+    """All of them added; `fsum` rounds once, so that no order gives another last bit."""
+    n, total, squares = zip(*((m.n, m.total, m.squares) for m in moments), strict=True)
+    return Moments(math.fsum(n), math.fsum(total), math.fsum(squares))
+
+
+def _columns(rows: Iterable[tuple[Any, ...]], what: str) -> list[tuple[Any, ...]]:
+    """The rows turned to columns; hospitals that sent none have no say. Raises FederationError."""
+    rows = [row for row in rows if row]
+    if len(lengths := sorted({len(row) for row in rows})) > 1:
         raise FederationError(
-            f"Two sites have {len(left)} and {len(right)} {what}. Compare their `medfl-client "
+            f"Sites have {' and '.join(map(str, lengths))} {what}. Compare their `medfl-client "
             "check` with the study's task and input."
         )
-    return tuple(a + b for a, b in zip(left, right, strict=True))
+    return list(zip(*rows, strict=True))
 
 
 def statistics_to_plain(value: LocalStatistics | Shared) -> dict[str, Any]:
@@ -137,7 +148,7 @@ def local_from_plain(plain: Mapping[str, Any]) -> LocalStatistics:
         local,
         class_counts=tuple(local.class_counts),
         features={n: Moments(**m) for n, m in plain["features"].items()},
-        levels={n: tuple(v) for n, v in plain["levels"].items()},
+        levels={n: dict(v) for n, v in plain["levels"].items()},
         intensity=tuple(Moments(**m) for m in plain["intensity"]),
     )
 

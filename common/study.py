@@ -7,7 +7,9 @@ import json
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from medfl.common import config
 from medfl.common.source import DataSource
@@ -19,6 +21,7 @@ from medfl.common.written import (
     NotNegative,
     Option,
     Positive,
+    Share,
     written,
 )
 
@@ -72,8 +75,7 @@ class ImageInput:
 class Feature:
     """One field of a record.
 
-    range: plausible values of a number; with scale = "range" they become 0..1 around 0 (-1..1),
-        which costs no privacy because nobody's data is read for it.
+    range: plausible values of a number, [low, high]; for scale = "range".
     levels: values of a category; omitted, the prepare exchange collects them from all hospitals.
     """
 
@@ -88,7 +90,9 @@ class RecordInput:
     """How every hospital turns its records into the same numbers.
 
     scale: federated = mean and sd over all hospitals' training records, from sums in the prepare
-        exchange; site = each hospital's own; range = the study's ranges; none = as they are.
+        exchange; site = each hospital's own; range = the study's ranges become -1..1 (beyond them
+        clipped) and 0/1 columns -1/2 and 1/2, which costs no privacy because nobody's data is read
+        for it; none = as they are.
     missing: drop = leave the record out; mean = fill with the scaled middle (0); indicator = fill
         and add a 0/1 column that says so.
     """
@@ -120,7 +124,7 @@ class Augmentation:
     """One random transform of the catalogue (`medfl.client.training.augment`)."""
 
     name: str
-    probability: Fraction | Literal[1] = 0.5
+    probability: Share = 0.5
     options: dict[str, Option] | None = None
 
 
@@ -161,7 +165,8 @@ class Federation:
     """How the hospitals' updates become the next model.
 
     strategy, options: an entry of the catalogue (`medfl.strategies`) and its settings.
-    weighting: a hospital's say in the mean, by its training cases or equal.
+    weighting: a hospital's say in the mean: its training cases, their square root (between the
+        two: small hospitals count more than their cases, and less than equally), or equal.
     min_sites: fewer answers than this, and the round is void.
     sites_per_round: so many are drawn each round; omitted, all take part.
     keep: which model is published: the last, or the best by `best_metric` on validation parts.
@@ -170,7 +175,7 @@ class Federation:
     rounds: Count
     strategy: str = "fedavg"
     options: dict[str, Option] | None = None
-    weighting: Literal["cases", "equal"] = "cases"
+    weighting: Literal["cases", "sqrt_cases", "equal"] = "cases"
     min_sites: Count = 1
     sites_per_round: Count | None = None
     keep: Literal["last", "best"] = "last"
@@ -183,11 +188,14 @@ class Privacy:
 
     epsilon, delta: for the whole study, all rounds together, per `unit`.
     clip: bound on the L2 norm of one unit's gradient.
+    sample_rate: chance of a unit to take part in a step; omitted, training.batch_size over the
+        hospital's training cases. A rate gives hospitals of every size the same noise.
     """
 
     epsilon: Positive
     delta: Positive
     clip: Positive = 1.0
+    sample_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     unit: Literal["record"] = "record"
 
 
@@ -295,7 +303,7 @@ class Study:
         plain = asdict(self)
         # The start weights are named by their content; where they lie is each machine's own affair.
         plain["model"].pop("start_weights")
-        text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
+        text = json.dumps(_one_spelling(plain), sort_keys=True, separators=(",", ":"), default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def with_strategy(self, strategy: str) -> Study:
@@ -307,6 +315,15 @@ class Study:
     def faults(self) -> list[str]:
         """Contradictions between keys, one line each."""
         return [line for group in _CHECKS for line in group(self)]
+
+
+def _one_spelling(value: Any) -> Any:
+    """The same plain value with whole floats as integers: in an option, 1.0 says what 1 says."""
+    if isinstance(value, dict):
+        return {key: _one_spelling(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_one_spelling(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def load_study(path: Path) -> Study:
@@ -329,7 +346,8 @@ def _task_faults(study: Study) -> list[str]:
     for value, name in (task.label_map or {}).items():
         if name not in task.classes:
             faults.append(
-                f"task.label_map.{value}: {name!r} is not in task.classes; use one of {task.classes}"
+                f"task.label_map.{value}: {name!r} is not in task.classes; "
+                f"use one of {task.classes}"
             )
     if task.multi_label and task.kind != "classification":
         faults.append("task.multi_label: only a classification has it; remove the key")

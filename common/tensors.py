@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medfl.common.errors import StorageError
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 Tensors = Mapping[str, Array]
 
 
@@ -44,7 +46,7 @@ def digest(tensors: Tensors) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in order of name."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
+        array = np.asarray(tensors[name], order="C")
         sha.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
         sha.update(array.tobytes())
     return sha.hexdigest()
@@ -58,7 +60,8 @@ def save(tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None
     """
     from safetensors.numpy import save as to_bytes
 
-    contiguous = {name: np.ascontiguousarray(a) for name, a in tensors.items()}
+    # Not ascontiguousarray, which turns a scalar (a batch counter) into an array of one.
+    contiguous = {name: np.asarray(a, order="C") for name, a in tensors.items()}
     write_atomic(path, to_bytes(contiguous, dict(metadata or {})))
 
 
@@ -75,6 +78,8 @@ def load(path: Path) -> dict[str, Array]:
         return dict(load_file(path))
     except FileNotFoundError:
         raise StorageError(f"{path}: there is no such file; check the path") from None
+    except OSError as error:
+        raise StorageError(f"{path}: could not be read ({error.strerror or error})") from None
     except SafetensorError as error:
         raise StorageError(
             f"{path}: is not a whole safetensors file ({error}). medfl reads no other format for "
@@ -84,18 +89,29 @@ def load(path: Path) -> dict[str, Array]:
 
 def write_atomic(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Write next to `path`, flush to disk, then rename over it. Raises StorageError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             for chunk in [content] if isinstance(content, bytes) else content:
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise StorageError(
             f"{path}: could not be written ({error.strerror}). Free some space or name another "
             "folder, then run the same command again"
         ) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` outlast a power cut (POSIX: the folder is a file of its own)."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
-from pydantic import ConfigDict, Field
+from pydantic import (
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
+from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
 
@@ -29,5 +36,18 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Option = str | bool | int | float | list[int] | list[float] | list[str]
+
+
+def _option(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    """One fault for the key instead of one for each type that it might have had."""
+    try:
+        return check(value)
+    except ValidationError:
+        raise PydanticCustomError("option_type", "Input should be an option's value") from None
+
+
+Option = Annotated[
+    str | bool | int | float | list[int] | list[float] | list[str], WrapValidator(_option)
+]

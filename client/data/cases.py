@@ -78,6 +78,14 @@ class Quarantined:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """What a reader lists: the cases, and what cannot even be listed as one."""
+
+    cases: tuple[CaseRef, ...]
+    quarantined: tuple[Quarantined, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Cohort:
     """A site's usable cases of one study, in a stable order (by key).
 

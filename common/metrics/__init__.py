@@ -1,0 +1,249 @@
+"""The metrics by name, how a task chooses among them, and what they say about a site.
+
+Undefined values (a site with one class has no AUROC) are None, never nan.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medfl.common.errors import ConfigError
+from medfl.common.metrics import classification, resampled
+from medfl.common.metrics.outcomes import Outcomes, outcomes
+from medfl.common.metrics.scores import (
+    DICE,
+    HD95,
+    SURFACE,
+    Scores,
+    concatenate,
+    load,
+    score_classification,
+    score_masks,
+)
+from medfl.common.study import Task
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "Scores",
+    "better",
+    "concatenate",
+    "default_metrics",
+    "intervals",
+    "known_metrics",
+    "load",
+    "mean_over_sites",
+    "needs_distances",
+    "score_classification",
+    "score_masks",
+    "summarise",
+]
+
+log = logging.getLogger(__name__)
+
+Better = Literal["higher", "lower"]
+Point = Callable[[Task, Scores], float | None]
+Resampled = Callable[[Task, Scores, NDArray[np.float64]], NDArray[np.float64]]
+
+# Cases x resamples handled at once, so that a large site's bootstrap stays below some 100 MB.
+_CELLS = 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric.
+
+    value: of a site's cases, None where undefined.
+    resampled: the same for weights (R, N) of the cases -> (R,), nan where undefined.
+    masks: compares masks, and exists for every foreground class too (`dice_<class>`).
+    """
+
+    value: Point
+    resampled: Resampled
+    better: Better = "higher"
+    masks: bool = False
+
+
+def _of_outcomes(
+    value: Callable[[Outcomes], float | None],
+    many: Callable[[Outcomes, NDArray[np.float64]], NDArray[np.float64]],
+    better: Better = "higher",
+) -> Metric:
+    def one(task: Task, scores: Scores) -> float | None:
+        return value(outcomes(task, scores)) if _usable(scores) else None
+
+    def resample(task: Task, scores: Scores, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return many(outcomes(task, scores), weights)
+
+    return Metric(one, resample, better)
+
+
+def _of_masks(measure: str, better: Better, only: str | None = None) -> Metric:
+    """Mean over the cases, then over the foreground classes or of the one named."""
+
+    def resample(task: Task, scores: Scores, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        names = [only] if only else task.classes[1:]
+        columns = [
+            scores.columns[f"{measure}/{n}"] for n in names if f"{measure}/{n}" in scores.columns
+        ]
+        if not columns:
+            return np.full(len(weights), np.nan)
+        means = [resampled.mean_of_defined(column, weights) for column in columns]
+        return resampled.mean_defined(np.stack(means, axis=1))
+
+    def one(task: Task, scores: Scores) -> float | None:
+        value = float(resample(task, scores, np.ones((1, len(scores))))[0])
+        return None if np.isnan(value) else value
+
+    return Metric(one, resample, better, masks=True)
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": _of_outcomes(classification.accuracy, resampled.accuracy),
+    "balanced_accuracy": _of_outcomes(
+        classification.balanced_accuracy, resampled.balanced_accuracy
+    ),
+    "auroc": _of_outcomes(classification.auroc, resampled.auroc),
+    "average_precision": _of_outcomes(
+        classification.average_precision, resampled.average_precision
+    ),
+    "recall": _of_outcomes(classification.recall, resampled.recall),
+    "specificity": _of_outcomes(classification.specificity, resampled.specificity),
+    "precision": _of_outcomes(classification.precision, resampled.precision),
+    "f1": _of_outcomes(classification.f1, resampled.f1),
+    "brier": _of_outcomes(classification.brier, resampled.brier, "lower"),
+    "ece": _of_outcomes(classification.ece, resampled.ece, "lower"),
+    DICE: _of_masks(DICE, "higher"),
+    HD95: _of_masks(HD95, "lower"),
+    SURFACE: _of_masks(SURFACE, "lower"),
+}
+
+
+def known_metrics(task: Task) -> tuple[str, ...]:
+    """Every name that `summarise` takes for this task."""
+    masks = task.kind == "segmentation"
+    names = [name for name, metric in METRICS.items() if metric.masks == masks]
+    return (*names, *(f"{n}_{c}" for n in names for c in task.classes[1:] if masks))
+
+
+def default_metrics(task: Task) -> tuple[str, ...]:
+    """What is reported where the study names no metrics."""
+    if task.kind == "segmentation":
+        return (DICE, HD95, SURFACE, *(f"{DICE}_{name}" for name in task.classes[1:]))
+    return known_metrics(task)
+
+
+def needs_distances(names: Iterable[str]) -> bool:
+    """Whether `score_masks` must compute the (slow) distances for these metrics."""
+    return any(name.startswith((HD95, SURFACE)) for name in names)
+
+
+def better(name: str) -> Better:
+    """Whether more of a metric is better or less. Raises ConfigError for an unknown name."""
+    for known, metric in METRICS.items():
+        if name == known or (metric.masks and name.startswith(f"{known}_")):
+            return metric.better
+    raise ConfigError(f"metric {name!r} is not known; use one of {', '.join(METRICS)}")
+
+
+def summarise(task: Task, scores: Scores, names: Iterable[str]) -> dict[str, float | None]:
+    """Value of each named metric; None where undefined.
+
+    Raises:
+        ConfigError: with every name that this task does not have.
+    """
+    return {name: m.value(task, scores) for name, m in _metrics(task, names).items()}
+
+
+def intervals(
+    task: Task,
+    scores: Scores,
+    names: Iterable[str],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+) -> dict[str, tuple[float, float] | None]:
+    """Percentile bootstrap intervals (Efron and Tibshirani 1993, chapter 13) over patients.
+
+    Patients are drawn with replacement, each with all cases, because one patient's images are not
+    independent. Resamples in which a metric is undefined are left out; None where they are half
+    or more, where the metric itself is undefined, or with fewer than two patients.
+
+    Raises:
+        ConfigError: with every name that this task does not have.
+    """
+    metrics = _metrics(task, names)
+    defined = {name for name, m in metrics.items() if m.value(task, scores) is not None}
+    if resamples < 1 or len(set(scores.patients)) < 2 or not defined:
+        return dict.fromkeys(metrics)
+    values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in metrics}
+    for weights in _draws(scores.patients, resamples, seed):
+        for name in defined:
+            values[name].append(metrics[name].resampled(task, scores, weights))
+    return {name: _percentiles(parts, level) for name, parts in values.items()}
+
+
+def mean_over_sites(
+    summaries: Sequence[Mapping[str, float | None]],
+) -> dict[str, float | None]:
+    """Plain mean of each metric over the sites that have it; None where none has."""
+    names = dict.fromkeys(name for summary in summaries for name in summary)
+    means: dict[str, float | None] = {}
+    for name in names:
+        values = [v for summary in summaries if (v := summary.get(name)) is not None]
+        means[name] = sum(values) / len(values) if values else None
+    return means
+
+
+def _metrics(task: Task, names: Iterable[str]) -> dict[str, Metric]:
+    known = known_metrics(task)
+    names = list(names)
+    faults = [
+        f"metric {name!r}: a {task.kind} does not have it; use one of {', '.join(known)}"
+        for name in names
+        if name not in known
+    ]
+    if faults:
+        raise ConfigError(faults)
+    return {name: _metric(name) for name in names}
+
+
+def _metric(name: str) -> Metric:
+    if name in METRICS:
+        return METRICS[name]
+    measure = next(n for n, m in METRICS.items() if m.masks and name.startswith(f"{n}_"))
+    return _of_masks(measure, METRICS[measure].better, only=name.removeprefix(f"{measure}_"))
+
+
+def _usable(scores: Scores) -> bool:
+    broken = int(np.sum(~np.isfinite(scores.columns["probability"]).all(axis=1)))
+    if broken:
+        log.warning("cases_without_finite_probability=%d of=%d", broken, len(scores))
+    return not broken and len(scores) > 0
+
+
+def _draws(patients: Sequence[str], resamples: int, seed: int) -> Iterable[NDArray[np.float64]]:
+    """Weights (R, N) of the cases, in blocks of R: how often each case's patient was drawn."""
+    unique, patient_of = np.unique(np.array(patients), return_inverse=True)
+    generator = np.random.default_rng(seed)
+    block = max(1, _CELLS // len(patients))
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        times = generator.multinomial(len(unique), np.full(len(unique), 1 / len(unique)), size)
+        yield times[:, patient_of].astype(np.float64)
+
+
+def _percentiles(parts: Sequence[NDArray[np.float64]], level: float) -> tuple[float, float] | None:
+    values = np.concatenate(parts) if parts else np.empty(0)
+    defined = values[~np.isnan(values)]
+    if 2 * len(defined) <= len(values):
+        return None
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

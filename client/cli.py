@@ -1,0 +1,119 @@
+"""medfl-client: what a hospital runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medfl import __version__
+from medfl.common import cli
+
+if TYPE_CHECKING:
+    from medfl.client.data.cases import Cohort
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog=cli.EXIT_CODES,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; the exit codes are those of `medfl.common.errors`."""
+    return cli.run(app, argv, "medfl-client")
+
+
+def _say_version(value: bool) -> None:
+    if value:
+        typer.echo(f"medfl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    """Take part in studies without letting an image leave the hospital.
+
+    Example: medfl-client check site.toml --study study.toml --html check.html
+    """
+
+
+@app.command()
+def check(
+    site: Annotated[Path, typer.Argument(help="The hospital's own file (site.toml).")],
+    study: Annotated[Path, typer.Option(help="The study file (study.toml).")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: counts, no names.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with pictures, for the hospital only.")
+    ] = None,
+    left_out: Annotated[
+        Path | None,
+        typer.Option(help="Write the cases left out, by name, as CSV, for the hospital only."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cases prepared at the same time.")] = 1,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+) -> None:
+    """Say which cases serve the study, which do not and why, and what to do about it.
+
+    Nothing is sent anywhere, and no file of the hospital is changed.
+
+    Example: medfl-client check site.toml --study study.toml
+
+    Example: medfl-client check site.toml --study study.toml --json > check.json
+    """
+    cli.log_to_stderr(verbose)
+    # Imported here, so that --help stays fast.
+    from medfl.client.data.check import check_with_cohort, describe
+    from medfl.common.site import load_site
+    from medfl.common.study import load_study
+
+    agreed = load_study(study)
+    checked = check_with_cohort(load_site(site), agreed, n_jobs=jobs)
+    if html is not None:
+        from medfl.client.data.check_page import page
+
+        _write(html, page(checked, agreed))
+    if left_out is not None:
+        _write(left_out, _as_csv(checked.cohort))
+    if as_json:
+        typer.echo(json.dumps(checked.result.to_plain(), indent=2))
+    else:
+        typer.echo("\n".join(describe(checked.result)))
+    raise typer.Exit(checked.result.exit_code)
+
+
+def _as_csv(cohort: Cohort) -> str:
+    import csv
+    import io
+
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(["case", "reason", "detail"])
+    writer.writerows([q.case_id, q.reason, q.detail] for q in cohort.quarantined)
+    return buffer.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    from medfl.common.errors import StorageError
+
+    try:
+        path.write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise StorageError(
+            f"{path} cannot be written: {error.strerror}. Check the folder and the free space."
+        ) from None
+    # Both files speak of patients.
+    path.chmod(0o600)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,363 @@
+"""From a hospital's files to the checked cohort of one study."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medfl.client.data import store
+from medfl.client.data.cases import Case, CaseRef, Cohort, Found, Quarantined, Split
+from medfl.client.data.fingerprints import (
+    Fingerprints,
+    load_fingerprints,
+    save_fingerprints,
+)
+from medfl.client.data.labels import class_target, record_of
+from medfl.client.data.preprocess import Facts, Prepared, prepare
+from medfl.client.data.reasons import BLOCKING, KEPT, NOT_FAULTY, REASONS
+from medfl.client.data.splits import split_cases, split_name
+from medfl.client.readers import READERS, Reader
+from medfl.common.errors import CaseError, DataError, StorageError
+from medfl.common.site import Cache
+from medfl.common.source import DataSource
+from medfl.common.study import Study
+
+log = logging.getLogger(__name__)
+
+Target = int | NDArray[np.float32] | None
+Record = Mapping[str, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A case whose label or record is sound, before its picture is read.
+
+    content: fingerprint of picture, mask or record. position: place in the reader's list.
+    """
+
+    ref: CaseRef
+    key: str
+    content: str
+    position: int
+    target: Target
+    record: Record | None
+    given: Split | None
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """A cohort, and everything that speaks against training on it.
+
+    faults: what stops the hospital from taking part, one message each. notes: what it should
+    know. listed: every case that the reader found. facts: of the usable cases' pictures, in the
+    cohort's order.
+    """
+
+    cohort: Cohort
+    listed: tuple[CaseRef, ...]
+    facts: tuple[Facts | None, ...]
+    faults: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def find_cases(source: DataSource, study: Study) -> Found:
+    """List a source's cases; of several with one name the first stays. Raises DataError."""
+    if not source.path.exists():
+        raise DataError("The folder or file of the data is absent. Check `path` in site.toml.")
+    if source.format in ("image", "nifti", "dicom", "decathlon") and not source.path.is_dir():
+        raise DataError("The path of the data is not a folder. Name the folder in site.toml.")
+    found = READERS[source.format].find(source, study)
+    first: dict[str, CaseRef] = {}
+    again: list[Quarantined] = []
+    for ref in found.cases:
+        if ref.case_id in first:
+            again.append(Quarantined(ref.case_id, "duplicate_id"))
+        else:
+            first[ref.case_id] = ref
+    return Found(tuple(first.values()), (*found.quarantined, *again))
+
+
+def build_cohort(
+    source: DataSource,
+    study: Study,
+    *,
+    cache: Cache | None,
+    only: Collection[str] | None = None,
+    site_key: bytes = b"medfl-simulation",
+    n_jobs: int = 1,
+) -> Cohort:
+    """List, load, check, quarantine and split a site's cases.
+
+    only: case ids to keep (a simulated hospital's share). site_key: keys the hashes of case and
+    patient names. n_jobs: cases prepared at the same time.
+
+    Raises:
+        DataError: the data cannot serve the study; the message says why, in counts.
+        StorageError: the cache cannot be written.
+    """
+    examined = examine(source, study, cache=cache, only=only, site_key=site_key, n_jobs=n_jobs)
+    if examined.faults:
+        raise DataError("\n".join(examined.faults))
+    for note in examined.notes:
+        log.info("%s", note)
+    return examined.cohort
+
+
+def examine(
+    source: DataSource,
+    study: Study,
+    *,
+    cache: Cache | None,
+    only: Collection[str] | None = None,
+    site_key: bytes = b"medfl-simulation",
+    n_jobs: int = 1,
+) -> Examined:
+    """`build_cohort` that collects what is wrong instead of stopping at it.
+
+    Raises DataError only where nothing can be listed, StorageError as `build_cohort`.
+    """
+    found = find_cases(source, study)
+    if only is not None:
+        wanted = frozenset(only)
+        found = Found(
+            tuple(r for r in found.cases if r.case_id in wanted),
+            tuple(q for q in found.quarantined if q.case_id in wanted),
+        )
+    prints = load_fingerprints(cache.path) if cache is not None else Fingerprints()
+    before = len(prints.known)
+    candidates, faulty = _candidates(found, source, study, prints, site_key)
+    if cache is not None and len(prints.known) != before:
+        _remember(cache, prints)
+    ordered = sorted(candidates, key=lambda c: c.key)
+    stored = _pictures(ordered, source, study, cache, n_jobs)
+    usable = []
+    for candidate, entry in zip(ordered, stored.entries, strict=True):
+        if entry.reason:
+            faulty.append(Quarantined(candidate.ref.case_id, entry.reason, entry.detail))
+        else:
+            usable.append((candidate, entry.facts))
+    cohort, faults = _assembled(usable, stored, (*found.quarantined, *faulty), study, site_key)
+    facts = tuple(f for _, f in usable)
+    return Examined(cohort, found.cases, facts, tuple(faults), _notes(cohort, study))
+
+
+def _remember(cache: Cache, prints: Fingerprints) -> None:
+    try:
+        save_fingerprints(cache.path, prints)
+    except OSError as error:
+        raise StorageError(
+            f"The cache in {cache.path} cannot be written: {error.strerror}. Make room or name "
+            "another folder as cache.path in site.toml."
+        ) from None
+
+
+def _candidates(
+    found: Found, source: DataSource, study: Study, prints: Fingerprints, site_key: bytes
+) -> tuple[list[Candidate], list[Quarantined]]:
+    """Cases with a sound label, record and split; copies of one picture are left out."""
+    candidates: list[Candidate] = []
+    faulty: list[Quarantined] = []
+    pictures: set[str] = set()
+    for position, ref in enumerate(found.cases):
+        try:
+            candidate = _candidate(ref, position, source, study, site_key)
+            if study.image is not None:
+                picture, content = prints.of_case(ref)
+                if picture in pictures:
+                    raise CaseError("duplicate")
+                pictures.add(picture)
+                candidate = replace(candidate, content=content)
+            candidates.append(candidate)
+        except CaseError as error:
+            faulty.append(Quarantined(ref.case_id, error.reason, error.detail))
+    return candidates, faulty
+
+
+def _candidate(
+    ref: CaseRef, position: int, source: DataSource, study: Study, site_key: bytes
+) -> Candidate:
+    segmentation = study.task.kind == "segmentation"
+    if segmentation and not ref.mask_files:
+        raise CaseError("mask_missing")
+    record: Record | None = None
+    content = ""
+    if study.record is not None:
+        record = record_of(ref, source, study.record.features)
+        if study.record.missing == "drop" and None in record.values():
+            raise CaseError("incomplete_record")
+        content = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    target = None if segmentation else class_target(ref, source, study)
+    given = None
+    if study.evaluation.split == "given" and ref.fields.get("split"):
+        given = split_name(ref.fields["split"])
+    key = hashed(site_key, "case", ref.case_id)
+    return Candidate(ref, key, content, position, target, record, given)
+
+
+def hashed(site_key: bytes, kind: str, name: str) -> str:
+    """Keyed hash (hex) of a case's or patient's name; cannot be guessed without the site's key."""
+    text = f"{kind}\0{name}".encode("utf-8", "surrogateescape")
+    return hmac.new(site_key, text, hashlib.sha256).hexdigest()[:32]
+
+
+def _pictures(
+    ordered: Sequence[Candidate],
+    source: DataSource,
+    study: Study,
+    cache: Cache | None,
+    n_jobs: int,
+) -> store.Stored:
+    if study.image is None:
+        return store.Stored(np.zeros((0,)), None, tuple(store.Entry() for _ in ordered))
+    outcomes = _outcomes(ordered, READERS[source.format], study, n_jobs)
+    if cache is None:
+        return store.in_memory(outcomes)
+    key = store.entry_key([c.content for c in ordered], study)
+    return store.read_entry(cache, key) or store.build_entry(cache, key, outcomes)
+
+
+def _outcomes(
+    ordered: Iterable[Candidate], reader: Reader, study: Study, n_jobs: int
+) -> Iterator[store.Outcome]:
+    """Prepared pictures in order; a few more than `n_jobs` at a time are in memory."""
+
+    def one(candidate: Candidate) -> store.Outcome:
+        try:
+            return _load(candidate.ref, reader, study)
+        except CaseError as error:
+            return error
+
+    if n_jobs <= 1:
+        yield from map(one, ordered)
+        return
+    # Threads serve: decompression, matrix products and DICOM's child processes run beside Python.
+    with ThreadPoolExecutor(n_jobs) as pool:
+        rest = iter(ordered)
+        while batch := list(islice(rest, 4 * n_jobs)):
+            yield from pool.map(one, batch)
+
+
+def _load(ref: CaseRef, reader: Reader, study: Study) -> Prepared:
+    mask = reader.load_mask(ref, study) if study.task.kind == "segmentation" else None
+    return prepare(reader.load(ref, study), mask, study)
+
+
+def _assembled(
+    usable: Sequence[tuple[Candidate, Facts | None]],
+    stored: store.Stored,
+    quarantined: tuple[Quarantined, ...],
+    study: Study,
+    site_key: bytes,
+) -> tuple[Cohort, list[str]]:
+    candidates = [candidate for candidate, _ in usable]
+    faults = _quality_faults(len(candidates), quarantined, study)
+    try:
+        splits = _splits(candidates, study)
+    except DataError as error:
+        faults.append(str(error))
+        splits = ["train"] * len(candidates)
+    cases = tuple(
+        Case(c.key, hashed(site_key, "patient", c.ref.patient), split)
+        for c, split in zip(candidates, splits, strict=True)
+    )
+    cohort = Cohort(
+        cases,
+        inputs=stored.inputs if study.image is not None else (),
+        targets=_targets(candidates, stored, study),
+        records=tuple(c.record for c in candidates if c.record is not None),
+        quarantined=quarantined,
+        digest=_digest(candidates, study),
+    )
+    return cohort, faults
+
+
+def _splits(candidates: Sequence[Candidate], study: Study) -> list[Split]:
+    """Each candidate's part; `shuffled` goes by the reader's order, not by the keys'."""
+    order = sorted(range(len(candidates)), key=lambda i: candidates[i].position)
+    listed = [candidates[i] for i in order]
+    labels = [c.target for c in listed if isinstance(c.target, int)]
+    parts = split_cases(
+        [c.ref.patient for c in listed],
+        labels if len(labels) == len(listed) else None,
+        [c.given for c in listed],
+        study.evaluation,
+    )
+    result: list[Split] = ["train"] * len(candidates)
+    for place, part in zip(order, parts, strict=True):
+        result[place] = part
+    return result
+
+
+def _targets(candidates: Sequence[Candidate], stored: store.Stored, study: Study) -> Any:
+    if study.task.kind == "segmentation":
+        return stored.masks if stored.masks is not None else np.zeros((0,), dtype=np.uint8)
+    dtype = np.float32 if study.task.multi_label else np.int64
+    if not candidates:
+        return np.zeros((0,), dtype=dtype)
+    return np.array([c.target for c in candidates], dtype=dtype)
+
+
+def _digest(candidates: Sequence[Candidate], study: Study) -> str:
+    """SHA-256 over keys, contents, labels and preprocessing: what a hospital approves."""
+    plain = {
+        "version": store.FORMAT_VERSION,
+        "task": asdict(study.task),
+        "image": asdict(study.image) if study.image else None,
+        "record": asdict(study.record) if study.record else None,
+        "cases": [
+            [c.key, c.content, None if c.target is None else np.asarray(c.target).tolist()]
+            for c in candidates
+        ],
+    }
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _quality_faults(usable: int, quarantined: Sequence[Quarantined], study: Study) -> list[str]:
+    """What the study's [quality] table refuses, one message each, with counts and remedies."""
+    counts = Counter(q.reason for q in quarantined)
+    faults = [
+        f"{counts[r]} cases block the study. {REASONS[r]}" for r in sorted(BLOCKING & {*counts})
+    ]
+    faulty = sum(n for reason, n in counts.items() if reason not in NOT_FAULTY)
+    limit = study.quality.max_quarantined
+    if faulty > limit * (usable + faulty):
+        faults.append(
+            f"{faulty} of {usable + faulty} cases cannot be used; the study allows {limit:.0%}.\n"
+            f"{explained(counts)}\n{KEPT}"
+        )
+    if usable < study.quality.min_cases:
+        reasons = f"\n{explained(counts)}\n{KEPT}" if counts else ""
+        faults.append(
+            f"{usable} usable cases; the study needs {study.quality.min_cases}. "
+            f"Check `path` and `table` in site.toml.{reasons}"
+        )
+    return faults
+
+
+def explained(counts: Mapping[str, int]) -> str:
+    """One line a reason, most frequent first."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return "\n".join(f"  {n} × {reason}: {REASONS[reason]}" for reason, n in ranked)
+
+
+def _notes(cohort: Cohort, study: Study) -> tuple[str, ...]:
+    notes = []
+    if study.task.kind != "segmentation" and not study.task.multi_label and cohort.cases:
+        present = np.unique(np.asarray(cohort.targets))
+        if len(present) == 1:
+            notes.append("All usable cases are of one class; that is allowed, but look at it.")
+    for part in ("train", "test"):
+        if cohort.cases and not any(c.split == part for c in cohort.cases):
+            notes.append(f"No case is in the {part} part.")
+    return tuple(notes)

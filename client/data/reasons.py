@@ -1,0 +1,105 @@
+"""Why a case is left out, for a hospital's physicist: what is wrong, and what to do.
+
+Only the keys and counts may ever leave the hospital. No sentence tells anybody to delete a file:
+leaving a case out of one study changes nothing on disk.
+"""
+
+from __future__ import annotations
+
+KEPT = "It is left out of this study only; the file itself stays unchanged."
+
+REASONS: dict[str, str] = {
+    "unreadable": "The file cannot be read: it is damaged, incomplete or of another format than "
+    "its name says. Export it again from the source.",
+    "file_missing": "The table names a file that is not there. Check the name in the table, or "
+    "copy the file to the folder.",
+    "path_outside": "The file lies outside the folder named in site.toml, or its name is not a "
+    "plain one. Set `path` to a folder that holds all files, without links out of it.",
+    "not_a_plain_file": "This is a link or a device, not a file. Put the file itself there.",
+    "too_large": "The file declares more data than any clinical image has. It is probably "
+    "damaged; export it again.",
+    "bad_affine": "The header does not say where the volume lies in the body. Convert it again "
+    "from DICOM.",
+    "dimensions": "The image has another number of dimensions than the study expects (one slice "
+    "instead of a volume, or the reverse). Check that the right images are in the folder.",
+    "channels": "The image has another number of channels than the study expects. Check that all "
+    "sequences of the case are there.",
+    "no_spacing": "The study resamples to millimetres, but the file has no pixel spacing. Take "
+    "the original DICOM, which has it.",
+    "nan_values": "The image holds values that are not numbers (NaN or infinite). Convert it "
+    "again from the source.",
+    "empty_image": "Every pixel of the image has the same value, so there is nothing to see. "
+    "Export it again.",
+    "no_image": "There is no image for this line of the table. Copy the image to the folder, or "
+    "leave it so: the line is then not used.",
+    "label_missing": "The label is empty. Fill it in in the table, if it is known.",
+    "label_unknown": "The label is none of the study's classes. Correct the table, or ask the "
+    "coordinator to add this spelling to `label_map` of the study.",
+    "mask_missing": "The image has no mask. Add the mask to the folder, if there is one.",
+    "several_masks": "Several segmentations belong to one image, and nothing says which one the "
+    "study means. Name it in the table's mask column.",
+    "mask_geometry": "The mask does not lie on the image's grid (other size, place or voxel "
+    "size). Export the mask in the image's own geometry.",
+    "mask_values": "The mask holds values that are none of the study's classes. Ask the "
+    "coordinator to add them to `label_map` of the study, or export the mask again.",
+    "mask_overlap": "Two structures of the segmentation overlap, but the study allows one class a "
+    "voxel. Export them without overlap.",
+    "feature_absent": "The table has no column for a field of the study. Name this hospital's "
+    "column in `columns` of site.toml.",
+    "feature_not_a_number": "A field that must be a number holds other text. Correct the table, "
+    "or add the text to `missing` of site.toml if it means that the value is unknown.",
+    "feature_level": "A field holds a value that is not among the study's levels. Correct the "
+    "table, or ask the coordinator to add the level.",
+    "incomplete_record": "A field of the record is missing, and this study uses complete records "
+    "only. Nothing is wrong with the record.",
+    "duplicate": "The same image is there twice; one copy is used. If there are many, find out how "
+    "they came there: copies of one patient under two names would spoil the test.",
+    "duplicate_id": "Two lines or files carry the same case name. The first is used. Give each "
+    "its own name if they are different cases.",
+    "split_unknown": "The split column holds neither train, validation nor test. Correct it.",
+    "not_in_table": "The image is not listed in the table, so the study does not use it. Add a "
+    "line if it should be used.",
+    "not_dicom": "The file is not DICOM. If it should be, export it again from the archive.",
+    "not_an_image": "The DICOM object holds no image (a report, a presentation state, an index). "
+    "It is not used; nothing needs to be done.",
+    "dicom_truncated": "The DICOM file ends too early: the transfer broke off. Send it again from "
+    "the archive.",
+    "dicom_pixels": "The pixel data do not fit what the header declares. Export the image again "
+    "from the archive.",
+    "dicom_deflated": "The compressed file expands to far more than its size allows. Export it "
+    "uncompressed.",
+    "dicom_nesting": "The header nests deeper than any scanner writes. Export it again.",
+    "dicom_preamble": "The file begins like a program, not like an image. Have IT security look "
+    "at it, and export the image again.",
+    "dicom_worker": "Reading the file took too much memory or time and was stopped. Export it "
+    "uncompressed from the archive.",
+    "dicom_codec": "The image is compressed in a way that cannot be decoded here. Export it "
+    "uncompressed (Explicit VR Little Endian).",
+    "uid_conflict": "Two different files carry the same SOP Instance UID. Find out which is the "
+    "right one; the archive should hold only one.",
+    "burned_in": "The image says that text, perhaps the patient's name, is part of the picture.",
+    "burned_in_unknown": "Images of this kind (ultrasound, angiography, screen copies) often show "
+    "the patient's name, and this one does not say that it is free of it (Burned In Annotation "
+    '= NO). Have it checked and tagged "NO" if it is clean.',
+    "no_orientation": "The slices do not say where they lie in the body. Export the original "
+    "series instead of a derived one.",
+    "mixed_geometry": "The slices of the series differ in size, spacing or direction (a localizer, "
+    "or several series in one). Choose the series that the study means.",
+    "slice_gap": "The slices are not evenly spaced: probably one is missing. Send the whole "
+    "series again from the archive.",
+    "several_volumes": "The series holds several volumes of the same place (over time, echoes or "
+    "reconstructions). Export the one that the study means as a series of its own.",
+    "mosaic": "The slices are stored side by side in one picture (mosaic). Export the series as "
+    "single slices or as enhanced DICOM.",
+}
+
+# Left out without anything being wrong, so that they do not count as faulty data.
+NOT_FAULTY = frozenset({"incomplete_record", "not_in_table", "not_an_image"})
+
+# The hospital must look before anything is trained, however few there are.
+BLOCKING = frozenset({"uid_conflict"})
+
+
+def sentence(reason: str) -> str:
+    """The reason in words, and that nothing happens to the file."""
+    return f"{REASONS[reason]} {KEPT}"

@@ -1,0 +1,282 @@
+"""The cache of prepared cases: flat memory-mapped files with a JSON index, written all or nothing.
+
+One entry is one cohort under one preprocessing, in a folder named by its key:
+    inputs.bin, masks.bin   the cases' arrays behind each other, without any header
+    index.json              offset, shape and dtype of each case, or the reason why it is left out
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medfl.client.data.preprocess import Facts, Prepared
+from medfl.common.errors import CaseError, StorageError
+from medfl.common.site import Cache
+from medfl.common.study import Study
+
+log = logging.getLogger(__name__)
+
+# Raise when readers or preprocessing change their results.
+FORMAT_VERSION = 1
+_NAMES = ("inputs.bin", "masks.bin")
+_DTYPES = ("float32", "uint8")
+_UNFINISHED = ".unfinished-"
+
+Array = NDArray[np.generic]
+Outcome = Prepared | CaseError
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Arrays of several shapes in one flat file; `[i]` is a view."""
+
+    flat: Array
+    places: tuple[tuple[int, tuple[int, ...]], ...]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Array:
+        start, shape = self.places[index]
+        return self.flat[start : start + int(np.prod(shape))].reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known of one candidate: its facts, or the reason why it is left out."""
+
+    reason: str = ""
+    detail: str = ""
+    facts: Facts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Prepared cases by position among the usable ones; `entries` has one item a candidate.
+
+    inputs, masks: one array (N, ...) where all shapes agree, else `Slots`; masks may be None.
+    """
+
+    inputs: Array | Slots
+    masks: Array | Slots | None
+    entries: tuple[Entry, ...]
+
+
+def entry_key(fingerprints: Sequence[str], study: Study) -> str:
+    """SHA-256 over the candidates' contents, in order, and everything that shapes the result."""
+    plain = {
+        "version": FORMAT_VERSION,
+        "image": asdict(study.image) if study.image else None,
+        "task": asdict(study.task),
+        "candidates": list(fingerprints),
+    }
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def in_memory(outcomes: Iterable[Outcome]) -> Stored:
+    """The same as a cache entry, without a disk."""
+    images: list[Array] = []
+    masks: list[Array] = []
+    entries: list[Entry] = []
+    seen: set[str] = set()
+    for outcome in outcomes:
+        entry = _entry(outcome, seen)
+        entries.append(entry)
+        if isinstance(outcome, Prepared) and not entry.reason:
+            images.append(outcome.image)
+            if outcome.mask is not None:
+                masks.append(outcome.mask)
+    return Stored(_joined(images), _joined(masks) if masks else None, tuple(entries))
+
+
+def _joined(arrays: list[Array]) -> Array | Slots:
+    if len({a.shape for a in arrays}) <= 1:
+        return np.stack(arrays) if arrays else np.zeros((0,), dtype=np.float32)
+    flat = np.concatenate([a.ravel() for a in arrays])
+    return _view(flat, [list(a.shape) for a in arrays])
+
+
+def _entry(outcome: Outcome, seen: set[str]) -> Entry:
+    if isinstance(outcome, CaseError):
+        return Entry(outcome.reason, outcome.detail)
+    # Copies that differ as files (other header, other compression) agree as prepared images.
+    content = hashlib.sha256(np.ascontiguousarray(outcome.image).data).hexdigest()
+    if content in seen:
+        return Entry("duplicate")
+    seen.add(content)
+    return Entry(facts=outcome.facts)
+
+
+def read_entry(cache: Cache, key: str) -> Stored | None:
+    """The entry of this key, or None where there is none; a damaged one is removed, aloud."""
+    folder = cache.path / key
+    if not (folder / "index.json").is_file():
+        return None
+    try:
+        stored = _read(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("the cache is damaged (%s); it is built again", error)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    os.utime(folder)
+    return stored
+
+
+def _read(folder: Path) -> Stored:
+    text = (folder / "index.json").read_bytes()
+    head, _, body = text.partition(b"\n")
+    if hashlib.sha256(body).hexdigest() != head.decode("ascii"):
+        raise ValueError("its index does not match its checksum")
+    index = json.loads(body)
+    parts: list[Array | Slots | None] = []
+    for name, dtype, file in zip(_NAMES, _DTYPES, index["files"], strict=True):
+        path = folder / name
+        _verify(path, file)
+        if not file["shapes"]:
+            parts.append(None)
+            continue
+        flat = np.memmap(path, dtype=dtype, mode="r")
+        parts.append(_view(flat, file["shapes"]))
+    inputs = np.zeros((0,), dtype=np.float32) if parts[0] is None else parts[0]
+    return Stored(inputs, parts[1], tuple(_entry_from_plain(e) for e in index["entries"]))
+
+
+def _verify(path: Path, file: dict[str, Any]) -> None:
+    """Size always; the checksum where the file was touched since it was written."""
+    state = path.stat()
+    if state.st_size != file["size"]:
+        raise ValueError(f"{path.name} has {state.st_size} bytes instead of {file['size']}")
+    if state.st_mtime_ns == file["mtime_ns"]:
+        return
+    crc = 0
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    if crc != file["crc32"]:
+        raise ValueError(f"{path.name} does not match its checksum")
+
+
+def _view(flat: Array, shapes: list[list[int]]) -> Array | Slots:
+    """One (N, ...) view where all shapes agree, else a view a case; copies nothing."""
+    sizes = [int(np.prod(s)) for s in shapes]
+    if sum(sizes) != len(flat):
+        raise ValueError("its index does not match its files")
+    if len({tuple(s) for s in shapes}) == 1:
+        return flat.reshape(len(shapes), *shapes[0])
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    return Slots(flat, tuple((int(a), tuple(s)) for a, s in zip(starts, shapes, strict=True)))
+
+
+def _entry_from_plain(plain: dict[str, Any]) -> Entry:
+    facts = plain["facts"]
+    if facts is not None:
+        facts = Facts(**facts | {n: tuple(facts[n]) for n in ("size", "spacing_mm")})
+    return Entry(plain["reason"], plain["detail"], facts)
+
+
+def build_entry(cache: Cache, key: str, outcomes: Iterable[Outcome]) -> Stored:
+    """Write the entry and return it mapped. Raises StorageError, leaving nothing half-written."""
+    with _disk(cache):
+        cache.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _sweep(cache)
+        folder = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{os.getpid()}-", dir=cache.path))
+    try:
+        with _disk(cache):
+            _write(folder, outcomes)
+            try:
+                folder.rename(cache.path / key)
+            except OSError:
+                # Somebody else finished the same entry first; theirs is as good.
+                if not (cache.path / key / "index.json").is_file():
+                    raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    stored = read_entry(cache, key)
+    if stored is None:
+        raise StorageError(
+            f"The cache in {cache.path} cannot be read back. Check the disk, or name another "
+            "folder as cache.path in site.toml."
+        )
+    _remove_oldest(cache, keep=key)
+    return stored
+
+
+@contextmanager
+def _disk(cache: Cache) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"The cache in {cache.path} cannot be written: {error.strerror}. Make room or name "
+            "another folder as cache.path in site.toml; nothing half-written was left."
+        ) from None
+
+
+def _write(folder: Path, outcomes: Iterable[Outcome]) -> None:
+    shapes: tuple[list[list[int]], list[list[int]]] = ([], [])
+    crcs, entries, seen = [0, 0], [], set[str]()
+    with (folder / _NAMES[0]).open("wb") as inputs, (folder / _NAMES[1]).open("wb") as masks:
+        files: tuple[BinaryIO, BinaryIO] = (inputs, masks)
+        for outcome in outcomes:
+            entry = _entry(outcome, seen)
+            entries.append(asdict(entry))
+            if isinstance(outcome, CaseError) or entry.reason:
+                continue
+            for i, array in enumerate((outcome.image, outcome.mask)):
+                if array is not None:
+                    data = np.ascontiguousarray(array, dtype=_DTYPES[i]).data.cast("B")
+                    files[i].write(data)
+                    crcs[i] = zlib.crc32(data, crcs[i])
+                    shapes[i].append(list(array.shape))
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    described = []
+    for name, crc, shape in zip(_NAMES, crcs, shapes, strict=True):
+        state = (folder / name).stat()
+        described.append(
+            {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "crc32": crc, "shapes": shape}
+        )
+    _write_index(folder / "index.json", {"files": described, "entries": entries})
+
+
+def _write_index(path: Path, index: dict[str, Any]) -> None:
+    body = json.dumps(index, separators=(",", ":")).encode()
+    with path.open("wb") as file:
+        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sweep(cache: Cache) -> None:
+    """Remove what processes that are gone left unfinished."""
+    for folder in cache.path.glob(f"{_UNFINISHED}*-*"):
+        pid = folder.name.removeprefix(_UNFINISHED).partition("-")[0]
+        if not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_oldest(cache: Cache, keep: str) -> None:
+    """Remove the entries unused for longest until the rest fits in max_gb; `keep` stays."""
+    entries = [p.parent for p in cache.path.glob("*/index.json") if p.parent.name != keep]
+    kept = cache.path / keep
+    total = sum(f.stat().st_size for f in kept.iterdir())
+    for folder in sorted(entries, key=lambda f: f.stat().st_mtime, reverse=True):
+        total += sum(f.stat().st_size for f in folder.iterdir())
+        if total > cache.max_gb * 1e9:
+            log.info("removing an old cache entry to stay below %.1f GB", cache.max_gb)
+            shutil.rmtree(folder, ignore_errors=True)

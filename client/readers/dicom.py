@@ -1,0 +1,287 @@
+"""DICOM series and single images, read by a limited child process.
+
+A case of a 3-D study is a series of slices or one multi-frame file; of a 2-D study, one file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medfl.client.data.cases import CaseRef, Found, Picture, Quarantined
+from medfl.client.readers import image as images
+from medfl.client.readers import nifti, sandbox
+from medfl.client.readers.dicom_geometry import Place, along_normal
+from medfl.client.readers.rows import confined, read_rows
+from medfl.common.errors import CaseError
+from medfl.common.source import DataSource
+from medfl.common.study import Study
+
+log = logging.getLogger(__name__)
+
+# What archives and people put beside DICOM files; silently passed over.
+_BESIDE = (".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".log", ".toml", ".ini")
+_NAMES_BESIDE = ("readme", "license", "version", "lockfile", "autorun.inf", "thumbs.db")
+_MASKS = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
+_CHUNK = 32
+_HEADER_S = 60.0
+_FILE_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One DICOM file with what its header says (see `dicom_pixels.image_header`)."""
+
+    path: Path
+    header: dict[str, Any]
+
+    @property
+    def height(self) -> float:
+        """Position along the slices' normal in mm; 0 where the file does not say."""
+        position, orientation = self.header["position"], self.header["orientation"]
+        if len(position) != 3 or len(orientation) != 6:
+            return 0.0
+        return along_normal(Place(tuple(position), tuple(orientation), (1.0, 1.0)))
+
+
+def find(source: DataSource, study: Study) -> Found:
+    """Group the files of a folder tree by patient, study and series, and match table and masks."""
+    items, faulty = _scan(source.path)
+    images_found = [i for i in items if i.header["kind"] == "image"]
+    segmentations = [i for i in items if i.header["kind"] == "segmentation"]
+    if source.masks is not None and not source.masks.is_relative_to(source.path):
+        more, also_faulty = _scan(source.masks)
+        segmentations += [i for i in more if i.header["kind"] == "segmentation"]
+        faulty += also_faulty
+    images_found, again = _without_copies(images_found)
+    dimensions = study.image.dimensions if study.image else 3
+    cases = [_case(group, dimensions) for group in _groups(images_found, dimensions)]
+    cases, unlisted = _with_table(cases, source)
+    cases, unmasked = _with_masks(cases, source, segmentations)
+    return Found(tuple(cases), (*faulty, *again, *unlisted, *unmasked))
+
+
+def _files(root: Path) -> Iterator[tuple[Path, bool]]:
+    """(file, plain?) below a folder, sorted; links are never followed."""
+    for folder, folders, names in os.walk(root, followlinks=False):
+        links = [f for f in folders if (Path(folder) / f).is_symlink()]
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in links)
+        for name in sorted([*names, *links]):
+            path = Path(folder) / name
+            passed = name.lower().endswith((*_BESIDE, *_MASKS)) or name.lower() in _NAMES_BESIDE
+            if not name.startswith(".") and not passed:
+                yield path, stat.S_ISREG(path.lstat().st_mode)
+
+
+def _scan(root: Path) -> tuple[list[Item], list[Quarantined]]:
+    items: list[Item] = []
+    faulty: list[Quarantined] = []
+    plain: list[Path] = []
+    for path, is_plain in _files(root):
+        if is_plain:
+            plain.append(path)
+        else:
+            faulty.append(Quarantined(str(path.relative_to(root)), "not_a_plain_file"))
+    for start in range(0, len(plain), _CHUNK):
+        chunk = plain[start : start + _CHUNK]
+        for path, header in zip(chunk, _headers(chunk), strict=True):
+            if "reason" in header:
+                name = str(path.relative_to(root))
+                faulty.append(Quarantined(name, header["reason"], header["detail"]))
+            else:
+                items.append(Item(path, header))
+    return items, faulty
+
+
+def _headers(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """One header a file; where one file brings the child down, the others are read without it."""
+    try:
+        request = {"command": "headers", "files": [str(p) for p in paths]}
+        headers: list[dict[str, Any]] = sandbox.ask(request, _HEADER_S).plain["headers"]
+        return headers
+    except CaseError as error:
+        if len(paths) == 1:
+            return [{"reason": error.reason, "detail": error.detail}]
+        return [header for path in paths for header in _headers([path])]
+
+
+def _without_copies(items: Sequence[Item]) -> tuple[list[Item], list[Quarantined]]:
+    """Copies of an instance are passed over; two contents under one UID set both aside."""
+    by_uid: dict[str, list[Item]] = defaultdict(list)
+    for item in items:
+        by_uid[item.header["instance"]].append(item)
+    kept: list[Item] = []
+    aside: list[Quarantined] = []
+    for uid, same in by_uid.items():
+        contents = {_content(item.path) for item in same} if len(same) > 1 else {""}
+        if len(contents) > 1:
+            aside.append(Quarantined(uid, "uid_conflict", f"{len(contents)} different files"))
+            continue
+        aside += [Quarantined(uid, "duplicate") for _ in same[1:]]
+        kept.append(same[0])
+    return kept, aside
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _groups(items: Sequence[Item], dimensions: int) -> list[list[Item]]:
+    """The files of each case, in the order of their place in the body."""
+    if dimensions == 2:
+        return [[item] for item in sorted(items, key=lambda i: i.header["instance"])]
+    series: dict[tuple[str, ...], list[Item]] = defaultdict(list)
+    for item in items:
+        header = item.header
+        alone = header["instance"] if header["frames"] > 1 else ""
+        series[(header["patient"], header["study"], header["series"], alone)].append(item)
+    return [
+        sorted(group, key=lambda i: (i.height, i.header["instance"]))
+        for _, group in sorted(series.items())
+    ]
+
+
+def _case(group: Sequence[Item], dimensions: int) -> CaseRef:
+    header = group[0].header
+    single = dimensions == 2 or header["frames"] > 1
+    fields = {
+        "study_uid": header["study"],
+        "series_uid": header["series"],
+        "instance_uid": header["instance"] if single else "",
+        "accession": header["accession"],
+        "mosaic": "yes" if header["mosaic"] else "",
+    }
+    size = (*header["size"], len(group) * header["frames"])
+    return CaseRef(
+        case_id=header["instance"] if single else header["series"],
+        patient=header["patient"] or header["study"],
+        files=tuple(item.path for item in group),
+        fields=fields,
+        size=size if dimensions == 3 else (size[1], size[0]),
+    )
+
+
+def _with_table(
+    cases: Sequence[CaseRef], source: DataSource
+) -> tuple[list[CaseRef], list[Quarantined]]:
+    """Join each case with its row: by file, else by instance, series, study or accession, else
+    by patient. Cases without a row are not part of the study."""
+    if source.table is None:
+        return list(cases), []
+    keyed: dict[str, dict[str, str]] = {}
+    for row in read_rows(source, source.table):
+        name = row.get("image") or row.get("case") or row.get("patient") or ""
+        keyed.setdefault(name.removeprefix("./").rstrip("/"), row)
+    used: set[str] = set()
+    joined: list[CaseRef] = []
+    aside: list[Quarantined] = []
+    for ref in cases:
+        match = next((n for n in _names(ref, source) if n in keyed), None)
+        if match is None:
+            aside.append(Quarantined(ref.case_id, "not_in_table"))
+            continue
+        used.add(match)
+        patient = keyed[match].get("patient") or ref.patient
+        joined.append(replace(ref, patient=patient, fields={**keyed[match], **ref.fields}))
+    absent = [name for name in keyed if name not in used]
+    return joined, [*aside, *(Quarantined(name, "no_image") for name in absent)]
+
+
+def _names(ref: CaseRef, source: DataSource) -> list[str]:
+    """By what a table's row may call a case, most exact first."""
+    inside = ref.files[0].relative_to(source.path)
+    folders = [str(p) for p in inside.parents if str(p) != "."]
+    uids = [ref.fields[n] for n in ("instance_uid", "series_uid", "study_uid", "accession")]
+    names = [str(inside), str(inside.with_suffix("")), *uids, *folders, ref.patient]
+    return [name for name in names if name]
+
+
+def _with_masks(
+    cases: Sequence[CaseRef], source: DataSource, segmentations: Sequence[Item]
+) -> tuple[list[CaseRef], list[Quarantined]]:
+    """Give each case its mask: the table's, else the SEG of its series, else a file of its name."""
+    by_series: dict[str, list[Path]] = defaultdict(list)
+    for item in segmentations:
+        for series in item.header["referenced"]:
+            by_series[series].append(item.path)
+    kept: list[CaseRef] = []
+    aside: list[Quarantined] = []
+    for ref in cases:
+        try:
+            kept.append(replace(ref, mask_files=_mask(ref, source, by_series)))
+        except CaseError as error:
+            aside.append(Quarantined(ref.case_id, error.reason, error.detail))
+    return kept, aside
+
+
+def _mask(ref: CaseRef, source: DataSource, by_series: dict[str, list[Path]]) -> tuple[Path, ...]:
+    root = source.masks or source.path
+    if ref.fields.get("mask"):
+        return (confined(root, root / ref.fields["mask"]),)
+    found = by_series.get(ref.fields["series_uid"], [])
+    if len(found) > 1:
+        raise CaseError("several_masks", f"{len(found)} segmentations of one series")
+    if found:
+        return (found[0],)
+    names = [ref.case_id, ref.fields["series_uid"], ref.files[0].stem, ref.patient]
+    for name in names if source.masks is not None else []:
+        # An identifier is a name, never a path: nothing may lead out of the folder.
+        for suffix in _MASKS if name and Path(name).name == name else ():
+            if (root / f"{name}{suffix}").is_file():
+                return (confined(root, root / f"{name}{suffix}"),)
+    return ()
+
+
+def load(ref: CaseRef, study: Study) -> Picture:
+    """One case's image with its place. Raises CaseError."""
+    if ref.fields.get("mosaic"):
+        raise CaseError("mosaic")
+    dimensions = study.image.dimensions if study.image else 3
+    request = {
+        "command": "image",
+        "files": [str(p) for p in ref.files],
+        "dimensions": dimensions,
+    }
+    return _picture(sandbox.ask(request, _FILE_S + len(ref.files)))
+
+
+def load_mask(ref: CaseRef, study: Study) -> Picture:
+    """One case's mask: DICOM SEG by geometry, NIfTI by affine, PNG by rows and columns."""
+    if not ref.mask_files:
+        raise CaseError("mask_missing")
+    file = ref.mask_files[0]
+    if file.name.lower().endswith(nifti.SUFFIXES):
+        return nifti.load_mask(ref, study)
+    if file.name.lower().endswith(images.SUFFIXES):
+        return images.load_mask(ref, study)
+    names = {name: number for number, name in enumerate(study.task.classes)}
+    mapped = {label: names[name] for label, name in (study.task.label_map or {}).items()}
+    request = {
+        "command": "segmentation",
+        "mask": str(file),
+        "files": [str(p) for p in ref.files],
+        "dimensions": study.image.dimensions if study.image else 3,
+        "labels": names | mapped,
+    }
+    return _picture(sandbox.ask(request, _FILE_S + len(ref.files)))
+
+
+def _picture(answer: sandbox.Answer) -> Picture:
+    if answer.array is None:
+        raise CaseError("unreadable", "the file holds no pixels")
+    affine, spacing = answer.plain["affine"], answer.plain["spacing_mm"]
+    return Picture(
+        answer.array,
+        None if affine is None else np.array(affine),
+        None if spacing is None else tuple(spacing),
+    )

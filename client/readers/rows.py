@@ -1,0 +1,189 @@
+"""A hospital's CSV table, row by row, and the files that its rows name."""
+
+from __future__ import annotations
+
+import csv
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from medfl.client.data.cases import CaseRef, Found, Quarantined
+from medfl.common.errors import CaseError, DataError
+from medfl.common.source import DataSource
+
+# A cell longer than this is not a value; it is a damaged file or an attack on the reader.
+_MAX_CELL = 1_000_000
+
+
+def read_rows(source: DataSource, path: Path) -> list[dict[str, str]]:
+    """The table's rows as texts: every column under its own name, and under the study's name too.
+
+    Raises:
+        DataError: the table is absent, not text, has ragged rows or lacks a named column.
+    """
+    csv.field_size_limit(_MAX_CELL)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = list(csv.reader(file, delimiter=source.delimiter, strict=True))
+    except FileNotFoundError:
+        raise DataError("The table of the cases is absent. Check `table` in site.toml.") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"The table {path.name} is not a CSV file in UTF-8: {error}. Save it as CSV, UTF-8."
+        ) from None
+    lines = [line for line in lines if any(cell.strip() for cell in line)]
+    header = source.header or ([cell.strip() for cell in lines[0]] if lines else [])
+    body = lines if source.header else lines[1:]
+    _check_header(source, header, path)
+    return [_row(source, header, line, number, path) for number, line in enumerate(body, 1)]
+
+
+def _check_header(source: DataSource, header: Sequence[str], path: Path) -> None:
+    if len(set(header)) != len(header):
+        raise DataError(f"The table {path.name} names a column twice. Give each its own name.")
+    absent = sorted(set((source.columns or {}).values()) - set(header))
+    if absent:
+        raise DataError(
+            f"The table {path.name} has no column {', '.join(absent)}; it has "
+            f"{', '.join(header)}. Correct `columns` in site.toml."
+        )
+
+
+def _row(
+    source: DataSource, header: Sequence[str], line: Sequence[str], number: int, path: Path
+) -> dict[str, str]:
+    if len(line) != len(header):
+        raise DataError(
+            f"Row {number} of the table {path.name} has {len(line)} values for {len(header)} "
+            "columns. Check its delimiter and quotes."
+        )
+    row = {name: cell.strip() for name, cell in zip(header, line, strict=True)}
+    return row | {name: row[column] for name, column in (source.columns or {}).items()}
+
+
+def confined(root: Path, path: Path) -> Path:
+    """`path` if it is a plain file below `root`, links followed.
+
+    Raises:
+        CaseError: "path_outside", "file_missing" or "not_a_plain_file".
+    """
+    if "\0" in str(path):
+        raise CaseError("path_outside", "a file name holds a NUL character")
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(os.path.realpath(root)):
+        raise CaseError("path_outside", path.name)
+    try:
+        mode = real.stat().st_mode
+    except OSError:
+        raise CaseError("file_missing", path.name) from None
+    if not stat.S_ISREG(mode):
+        raise CaseError("not_a_plain_file", path.name)
+    return path
+
+
+def stem(path: Path, suffixes: Sequence[str]) -> str:
+    """The file's name without its suffix; knows double ones such as .nii.gz."""
+    for suffix in sorted(suffixes, key=len, reverse=True):
+        if path.name.lower().endswith(suffix):
+            return path.name[: -len(suffix)]
+    return path.stem
+
+
+def files_below(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
+    """Files with one of the suffixes below a folder, sorted, hidden ones left out."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and name.lower().endswith(tuple(suffixes)):
+                yield Path(folder) / name
+
+
+def locate(root: Path, text: str, suffixes: Sequence[str]) -> Path:
+    """The file that a table's cell names, with or without its suffix. Raises CaseError."""
+    if not text:
+        raise CaseError("file_missing", "the table names no file")
+    if "\0" in text:
+        raise CaseError("path_outside", "a file name holds a NUL character")
+    for candidate in (root / text, *(root / f"{text}{suffix}" for suffix in suffixes)):
+        if candidate.is_file():
+            return confined(root, candidate)
+    return confined(root, root / text)
+
+
+def find_in_table(source: DataSource, suffixes: Sequence[str]) -> Found:
+    """Cases of a table whose rows name an image file and perhaps a mask file each."""
+    cases: list[CaseRef] = []
+    faulty: list[Quarantined] = []
+    path = source.table
+    if path is None:
+        raise DataError("This format needs a table here. Name it as `table` in site.toml.")
+    for number, row in enumerate(read_rows(source, path), 1):
+        name = row.get("image") or row.get("case", "")
+        case_id = row.get("case") or name or f"row {number}"
+        try:
+            file = locate(source.path, name, suffixes)
+            masks = mask_of(source, row, file, suffixes)
+        except CaseError as error:
+            faulty.append(Quarantined(case_id, error.reason, error.detail))
+            continue
+        patient = row.get("patient") or case_id
+        cases.append(CaseRef(case_id, patient, (file,), masks, fields=row))
+    return Found(tuple(cases), tuple(faulty))
+
+
+_MASK_SUFFIXES = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
+_MASK_ENDS = ("_mask", "_seg", "_label", "-mask", "-seg", "-label")
+
+
+def mask_of(
+    source: DataSource, row: dict[str, str], image: Path, suffixes: Sequence[str]
+) -> tuple[Path, ...]:
+    """The mask of an image: the table's mask cell, else the same name in the masks' folder.
+
+    Raises CaseError where the table names a file that is not there.
+    """
+    if row.get("mask"):
+        return (locate(source.masks or source.path, row["mask"], _MASK_SUFFIXES),)
+    name = stem(image, suffixes)
+    if source.masks is not None:
+        inside = image.parent.relative_to(source.path) if source.masks else Path()
+        for folder in (source.masks / inside, source.masks):
+            for end in ("", *_MASK_ENDS):
+                for suffix in _MASK_SUFFIXES:
+                    if (candidate := folder / f"{name}{end}{suffix}").is_file():
+                        return (confined(source.masks, candidate),)
+        return ()
+    for end in _MASK_ENDS:
+        for suffix in _MASK_SUFFIXES:
+            if (candidate := image.parent / f"{name}{end}{suffix}").is_file():
+                return (confined(source.path, candidate),)
+    return ()
+
+
+def find_in_folder(source: DataSource, suffixes: Sequence[str], *, folder_is: str) -> Found:
+    """Cases of a plain folder: every image that is not another one's mask.
+
+    folder_is: what a sub-folder of the first level names, "patient" or "label"; images that lie
+    directly in the folder are their own patients.
+    """
+    cases: list[CaseRef] = []
+    faulty: list[Quarantined] = []
+    for file in files_below(source.path, suffixes):
+        inside = file.relative_to(source.path)
+        name = stem(file, suffixes)
+        if name.endswith(_MASK_ENDS) or (source.masks and file.is_relative_to(source.masks)):
+            continue
+        fields = {"image": str(inside)}
+        patient = str(inside.parent / name)
+        if len(inside.parts) > 1:
+            fields[folder_is] = inside.parts[0]
+            patient = fields.get("patient", patient)
+        try:
+            confined(source.path, file)
+            masks = mask_of(source, {}, file, suffixes)
+        except CaseError as error:
+            faulty.append(Quarantined(str(inside), error.reason, error.detail))
+            continue
+        cases.append(CaseRef(str(inside.parent / name), patient, (file,), masks, fields=fields))
+    return Found(tuple(cases), tuple(faulty))

@@ -1,0 +1,23 @@
+"""Records: one line of a table a case."""
+
+from __future__ import annotations
+
+from medfl.client.data.cases import CaseRef, Found, Picture
+from medfl.client.readers.rows import read_rows
+from medfl.common.errors import CaseError
+from medfl.common.source import DataSource
+from medfl.common.study import Study
+
+
+def find(source: DataSource, study: Study) -> Found:
+    """Every row is a case; without a case or patient column the row's number stands for them."""
+    cases = []
+    for number, row in enumerate(read_rows(source, source.table or source.path), 1):
+        case_id = row.get("case") or row.get("patient") or f"row {number}"
+        cases.append(CaseRef(case_id, row.get("patient") or case_id, index=number - 1, fields=row))
+    return Found(tuple(cases))
+
+
+def no_image(ref: CaseRef, study: Study) -> Picture:
+    """A record has no picture. Raises CaseError."""
+    raise CaseError("no_image", "a table of records holds no pictures")

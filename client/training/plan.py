@@ -1,0 +1,53 @@
+"""What one hospital is told to do in one round, and what it says about it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Penalty = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class DpPlan:
+    """Differential privacy of one round's steps.
+
+    noise_multiplier: sd of the noise over `clip`. sample_rate: probability that a record takes
+        part in a step. clip: bound on the L2 norm of one record's gradient.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    clip: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainPlan:
+    """One round at one hospital.
+
+    round: from 1 to rounds. seed: decides shuffling, augmentation and dropout.
+    penalty: (local, global) parameters by name -> scalar added to the loss (FedProx).
+    correction: by parameter name, added to every gradient (SCAFFOLD: c - c_i).
+    """
+
+    round: int
+    rounds: int
+    seed: int
+    device: str = "cpu"
+    dp: DpPlan | None = None
+    penalty: Penalty | None = None
+    correction: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainOutcome:
+    """steps: optimiser steps done. loss: mean over the records seen, None under differential
+    privacy. learning_rate: of the last step."""
+
+    steps: int
+    loss: float | None
+    learning_rate: float

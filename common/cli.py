@@ -1,0 +1,47 @@
+"""What all commands share: errors become one message and a documented exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from medfl.common.errors import Interrupted, MedflError
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 failed; 2 a file or option is wrong; 3 the data cannot serve the study; "
+    "4 privacy budget spent; 5 refused by policy; 6 too few sites answered; 7 disk full or a "
+    "damaged file; 8 stopped by a person."
+)
+
+
+def run(app: typer.Typer, argv: Sequence[str] | None, name: str) -> int:
+    """Run `app` and return the exit code; only here are errors turned into text."""
+    try:
+        code = typer.main.get_command(app).main(
+            args=None if argv is None else list(argv), prog_name=name, standalone_mode=False
+        )
+        return int(code or 0)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        print("Stopped.", file=sys.stderr)
+        return Interrupted.exit_code
+    except MedflError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def log_to_stderr(verbose: bool) -> None:
+    """Warnings to stderr; with `verbose` also what happens meanwhile."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    for noisy in ("flwr", "matplotlib", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,134 @@
+"""What coordinator and hospital say to each other, apart from how it travels.
+
+An `Instruction` asks, a `Reply` answers; both become an `Envelope` (one JSON text and named groups
+of arrays), which is all that a transport has to carry. Decoding refuses what it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from medfl.common.errors import FederationError
+from medfl.common.tensors import Tensors
+
+Part = Literal["train", "validation", "test"]
+Metrics = Mapping[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """about: JSON object. arrays: groups of named arrays, such as weights or delta."""
+
+    about: str
+    arrays: Mapping[str, Tensors] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """What the coordinator asks of one hospital.
+
+    kind: prepare = send statistics; round = evaluate the weights on the validation part, then
+        train; finish = evaluate the weights on `parts` and keep the results on the hospital's disk.
+    study_digest: the study this belongs to; a hospital answers for no other.
+    run: a name that separates several runs of one study, such as a comparison's baselines.
+    round, best_round: 1-based; best_round is the best so far (0 = none), for layers kept at home.
+    seed: of the run; each hospital derives its own streams from it.
+    shared: plain form of `medfl.common.statistics.Shared`; empty in prepare.
+    weights: the global model. control: the coordinator's control variate (SCAFFOLD).
+    """
+
+    kind: Literal["prepare", "round", "finish"]
+    study_digest: str
+    run: str
+    round: int = 0
+    best_round: int = 0
+    seed: int = 0
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[Part, ...] = ()
+    weights: Tensors = field(default_factory=dict)
+    control: Tensors = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What one hospital answers.
+
+    n_cases: imaging studies or records trained on. metrics: by part, already rounded by the
+        hospital's policy. loss: mean training loss, None under differential privacy.
+    epsilon: privacy spent so far by this study's training, None without it.
+    counts: cases by part. left_out: cases left out, by reason. statistics: plain form of
+        `LocalStatistics`, in prepare only. refusal: why the hospital takes no part, "" else.
+    delta: local minus global weights. control: change of the site's control variate (SCAFFOLD).
+    """
+
+    site: str
+    round: int = 0
+    n_cases: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    epsilon: float | None = None
+    target_delta: float | None = None
+    metrics: Mapping[Part, Metrics] = field(default_factory=dict)
+    counts: Mapping[Part, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    cohort: str = ""
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+    refusal: str = ""
+    delta: Tensors = field(default_factory=dict)
+    control: Tensors = field(default_factory=dict)
+
+
+_ARRAYS = {Instruction: ("weights", "control"), Reply: ("delta", "control")}
+
+
+def pack(message: Instruction | Reply) -> Envelope:
+    """As an envelope; the arrays are not copied."""
+    groups = {name: getattr(message, name) for name in _ARRAYS[type(message)]}
+    emptied = {f.name: getattr(message, f.name) for f in fields(message) if f.name not in groups}
+    return Envelope(json.dumps(emptied, sort_keys=True), groups)
+
+
+def unpack_instruction(envelope: Envelope) -> Instruction:
+    """Inverse of `pack`. Raises FederationError for anything unknown."""
+    plain = _plain(envelope, Instruction)
+    return Instruction(**{**plain, "parts": tuple(plain.get("parts", ()))}, **envelope.arrays)
+
+
+def unpack_reply(envelope: Envelope) -> Reply:
+    """Inverse of `pack`. Raises FederationError for anything unknown."""
+    return Reply(**_plain(envelope, Reply), **envelope.arrays)
+
+
+def _plain(envelope: Envelope, kind: type[Instruction] | type[Reply]) -> dict[str, Any]:
+    try:
+        plain = json.loads(envelope.about)
+    except json.JSONDecodeError:
+        plain = None
+    known = {f.name for f in fields(kind)} - set(_ARRAYS[kind])
+    if not isinstance(plain, dict) or set(plain) != known:
+        raise FederationError(
+            f"A message does not have the fields of a {kind.__name__.lower()}. Coordinator and "
+            "hospitals must run the same version of medfl; compare `--version` on both."
+        )
+    if set(envelope.arrays) - set(_ARRAYS[kind]):
+        raise FederationError(
+            "A message carries arrays that its kind does not have; it is refused."
+        )
+    return plain
+
+
+def refusal(site: str, error: Exception, round_: int) -> Reply:
+    """The answer of a hospital that cannot or will not do it.
+
+    Only the class of the error leaves the hospital: its text may name files and patients.
+    """
+    return Reply(site=site, round=round_, refusal=type(error).__name__)
+
+
+def as_record(reply: Reply) -> dict[str, Any]:
+    """A reply without its arrays, for logs and reports."""
+    return {k: v for k, v in asdict(reply).items() if k not in _ARRAYS[Reply]}

@@ -1,0 +1,201 @@
+"""The sentences of the report: the verdict first, then what bounds it. No numbers are made here."""
+
+from __future__ import annotations
+
+from medfl.server.report import words
+from medfl.server.report.run import Outcome, Run
+
+
+def verdict(run: Run, metric: str | None) -> str:
+    """One line: did federation pay? Says so only where the run trained the alternatives."""
+    local = run.baselines.get("local")
+    if metric is None or local is None:
+        return "What the federated model reached"
+    won, lost, compared = gains(run, metric)
+    mean = words.gained(metric, run.federated.mean.get(metric), local.mean.get(metric))
+    if not compared or mean is None:
+        return "What the federated model reached"
+    if mean == 0:
+        return "On average, federated training was level with training alone"
+    side = "better" if mean > 0 else "worse"
+    if lost == 0 and won == compared == len(run.federated.sites):
+        return f"Every hospital scored {side} together than alone"
+    whole = f"{won} of {compared} hospitals"
+    return f"On average {side} together than alone; {whole} scored better"
+
+
+def gains(run: Run, metric: str) -> tuple[int, int, int]:
+    """Hospitals that gained, that lost, and that could be compared with training alone."""
+    local = words.by_name(run.baselines["local"].sites)
+    signs = [
+        words.gained(metric, s.metrics.get(metric), local[s.name].metrics.get(metric))
+        for s in run.federated.sites
+        if s.name in local
+    ]
+    return signs.count(1), signs.count(-1), sum(s is not None for s in signs)
+
+
+def summary(run: Run, metric: str | None) -> str:
+    """The paragraph that a doctor or a coordinator reads if they read nothing else."""
+    if metric is None:
+        return "The run reports no metric on test cases, so nothing can be said about the model."
+    parts = [_reached(run, metric), _pooled(run, metric), _alone(run, metric)]
+    parts += [_others(run, metric), _privacy(run)]
+    return " ".join(part for part in parts if part)
+
+
+def _reached(run: Run, metric: str) -> str:
+    sites = run.federated.sites
+    label = words.measure(metric).label
+    tests = words.total(s.n_test for s in sites)
+    reached = _with_interval(run.federated, metric)
+    where = f"over all {tests} test cases" if tests[0].isdigit() else f"over {tests} test cases"
+    return f"The federated model reached {label} {reached} {where} of {_hospitals(len(sites))}."
+
+
+def _with_interval(outcome: Outcome, metric: str) -> str:
+    pair = words.interval(metric, outcome.pooled_intervals.get(metric))
+    number = words.value(metric, outcome.pooled.get(metric))
+    return f"{number} (95 % interval {pair})" if pair else number
+
+
+def _pooled(run: Run, metric: str) -> str:
+    pooled = run.baselines.get("pooled")
+    if pooled is None or pooled.pooled.get(metric) is None:
+        return ""
+    what = "images" if run.study.image is not None else "records"
+    text = (
+        f"Pooled training, which would have needed to move the {what} to one place, reached "
+        f"{_with_interval(pooled, metric)}"
+    )
+    return f"{text}; {_overlap(run.federated, pooled, metric)}."
+
+
+def _overlap(ours: Outcome, theirs: Outcome, metric: str) -> str:
+    left, right = ours.pooled_intervals.get(metric), theirs.pooled_intervals.get(metric)
+    if left is None or right is None:
+        return "without intervals, chance cannot be told from difference"
+    if left[0] <= right[1] and right[0] <= left[1]:
+        return "the two intervals overlap, so chance may explain the difference"
+    return "the two intervals lie apart"
+
+
+def _alone(run: Run, metric: str) -> str:
+    local = run.baselines.get("local")
+    if local is None or local.mean.get(metric) is None:
+        return ""
+    won, lost, compared = gains(run, metric)
+    text = (
+        f"Averaged over hospitals, the federated model reached "
+        f"{words.value(metric, run.federated.mean.get(metric))}, and a model that each hospital "
+        f"trained alone {words.value(metric, local.mean.get(metric))}"
+    )
+    if not compared:
+        return text + "."
+    worse = f" and {lost} scored worse" if lost else ""
+    apart = _apart(run, metric)
+    clear = f", {apart or 'none'} of them with intervals apart" if won else ""
+    return f"{text}; {won} of {compared} scored better with the federated model{clear}{worse}."
+
+
+def _apart(run: Run, metric: str) -> int:
+    """Hospitals that gained, and whose interval lies apart from that of training alone."""
+    local = words.by_name(run.baselines["local"].sites)
+    count = 0
+    for site in run.federated.sites:
+        alone = local.get(site.name)
+        pair = site.intervals.get(metric), alone.intervals.get(metric) if alone else None
+        if alone is None or pair[0] is None or pair[1] is None:
+            continue
+        better = words.gained(metric, site.metrics.get(metric), alone.metrics.get(metric)) == 1
+        count += better and (pair[0][0] > pair[1][1] or pair[1][0] > pair[0][1])
+    return count
+
+
+def _others(run: Run, metric: str) -> str:
+    parts = [
+        f"{words.way(name)} reached {words.value(metric, outcome.pooled.get(metric))}"
+        for name, outcome in run.baselines.items()
+        if name not in ("local", "pooled") and outcome.pooled.get(metric) is not None
+    ]
+    return f"For comparison, {', '.join(parts)}." if parts else ""
+
+
+def _privacy(run: Run) -> str:
+    private = run.private_sites
+    if not private:
+        return "No differential privacy was used."
+    largest = words.epsilon(max(s.epsilon or 0.0 for s in private))
+    who = (
+        "All hospitals"
+        if len(private) == len(run.federated.sites)
+        else f"{len(private)} of {_hospitals(len(run.federated.sites))}"
+    )
+    return f"{who} trained under differential privacy, with ε of at most {largest}."
+
+
+def privacy_words(run: Run) -> list[str]:
+    """What ε covers and what it does not, a paragraph each; never more than was done."""
+    if not run.private_sites:
+        return [
+            "No differential privacy was used. Images and records stayed at the hospitals, but "
+            "nothing bounds how much the trained model may reveal about single training patients: "
+            "treat the model's weights as confidential."
+        ]
+    unit = run.study.privacy.unit if run.study.privacy else "record"
+    open_sites = len(run.federated.sites) - len(run.private_sites)
+    parts = [
+        f"ε bounds how much the trained model can depend on any one training {unit}: whoever "
+        f"sees every model of this study can raise the odds of a right guess about whether a "
+        f"given {unit} was trained on by at most a factor of e to the power of ε, except with "
+        "probability δ. Smaller is stronger; an ε above about 10 promises little.",
+        f"The protected unit is one {unit}. A patient with several of them is protected less: "
+        "for k of them, ε is k times as large.",
+        "ε covers training only, and only training cases. The results in this report come from "
+        "validation and test cases without added noise; neither they, nor the numbers of cases, "
+        "nor a choice of round by validation are covered.",
+        "Each hospital's ε speaks for its own patients. A patient who is in the data of two "
+        "hospitals bears the sum of both.",
+    ]
+    if open_sites:
+        parts.append(
+            f"{_hospitals(open_sites)} of this run trained without differential privacy; their "
+            "patients have no such bound."
+        )
+    return parts
+
+
+def limits(run: Run) -> list[str]:
+    """What a reader must not conclude."""
+    tests = [s.n_test for s in run.federated.sites]
+    lines = [
+        "Intended for research. This is not a medical device and must not guide the care of a "
+        "patient.",
+        "Intervals come from resampling the test patients. They say how much the result depends "
+        "on who was tested, not how it would change with new training, other scanners or other "
+        "hospitals.",
+        "Every hospital in the test also took part in training. How the model does at a hospital "
+        "that did not was not measured.",
+        "Not checked: fairness between groups of patients, robustness to poor images, agreement "
+        "between human readers, and the benefit to any clinical decision.",
+    ]
+    if any(n < 50 for n in tests):
+        few = sum(n < 50 for n in tests)
+        lines.insert(
+            1,
+            f"{few} of {_hospitals(len(tests))} tested on fewer than 50 cases; their own figures "
+            "are rough, and comparing such hospitals with each other is not sound.",
+        )
+    if run.study.federation.keep == "best":
+        lines.append(
+            "The published round was chosen on validation cases; the test cases took no part."
+        )
+    if run.study.simulation is not None:
+        lines.append(
+            "This was a simulation: one machine played all the hospitals with a public data set."
+        )
+    return lines
+
+
+def _hospitals(n: int) -> str:
+    return f"{n} hospital" if n == 1 else f"{n} hospitals"

@@ -1,0 +1,221 @@
+"""The tables and key figures of the report and the model card, as rows of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from medfl.server.report import curves, words
+from medfl.server.report.plot import MANY
+from medfl.server.report.run import Outcome, Run, SiteResult
+
+# Metrics in the table by hospital that is always open; more would not fit on paper.
+COLUMNS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of text; the first cell of a row is its header. notes: second line of a cell."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[tuple[str, str]]]
+    folded: bool = False
+
+
+def ways(run: Run) -> dict[str, Outcome]:
+    """The federated model first, then the baselines, by their names in a table."""
+    strategy = str(run.facts.get("strategy") or run.study.federation.strategy)
+    return {
+        f"Federated ({strategy})": run.federated,
+        **{words.way(name): outcome for name, outcome in run.baselines.items()},
+    }
+
+
+def cards(run: Run, metric: str | None) -> list[tuple[str, str, str]]:
+    """Key figures: (label, figure, note)."""
+    sites = run.federated.sites
+    found: list[tuple[str, str, str]] = []
+    if metric is not None:
+        pair = words.interval(metric, run.federated.pooled_intervals.get(metric))
+        number = words.value(metric, run.federated.pooled.get(metric))
+        note = f"95 %: {pair}" if pair else "over all test cases"
+        found.append((words.measure(metric).label, number, note))
+        shown = curves.ranked(run.federated, metric)
+        if len(shown) > 1:
+            low, high = (words.value(metric, shown[i].metrics.get(metric)) for i in (-1, 0))
+            found.append(("Weakest hospital", low, f"strongest {high}"))
+    found.append(("Hospitals", str(len(sites)), f"{run.facts.get('rounds')} rounds"))
+    trained = words.total(s.n_train for s in sites)
+    tested = words.total(s.n_test for s in sites)
+    found.append(("Training cases", trained, f"tested on {tested}"))
+    private = [s.epsilon or 0.0 for s in run.private_sites]
+    found.append(
+        ("Largest ε", words.epsilon(max(private)), f"at {len(private)} of {len(sites)} hospitals")
+        if private
+        else ("Privacy loss ε", "no bound", "no differential privacy")
+    )
+    return found
+
+
+def comparison(run: Run) -> Table:
+    """Each metric by each way of training, over all test cases."""
+    trained = ways(run)
+    metrics = list(dict.fromkeys(m for o in trained.values() for m in o.pooled))
+    rows = [
+        [(words.measure(m).label, ""),
+         *((words.value(m, o.pooled.get(m)), words.interval(m, o.pooled_intervals.get(m)))
+           for o in trained.values())]
+        for m in metrics
+    ]  # fmt: skip
+    text = "Over all test cases of all hospitals, with 95 % intervals."
+    if any(m.startswith(words.DISTANCES) for m in metrics):
+        text += " Distances are in millimetres, or in voxels where images carry no spacing."
+    if lower := [words.measure(m).label for m in metrics if not words.measure(m).larger_is_better]:
+        text += f" Less is better for: {', '.join(lower)}."
+    return Table(text, ["Metric", *trained], rows)
+
+
+def mean_table(run: Run) -> Table:
+    """Each metric by each way of training, as the mean over hospitals."""
+    trained = ways(run)
+    metrics = list(dict.fromkeys(m for o in trained.values() for m in o.mean))
+    rows = [
+        [(words.measure(m).label, ""),
+         *((words.value(m, o.mean.get(m)), "") for o in trained.values())]
+        for m in metrics
+    ]  # fmt: skip
+    text = "Mean over hospitals: every hospital counts the same, however many cases it tested."
+    return Table(text, ["Metric", *trained], rows)
+
+
+def site_tables(run: Run, metric: str | None) -> list[Table]:
+    """Hospitals by the headline metric and a few more; where there are more, all in a second."""
+    metrics = list(dict.fromkeys(m for s in run.federated.sites for m in s.metrics))
+    if metric in metrics:
+        metrics = [metric, *(m for m in metrics if m != metric)]
+    local = words.by_name(run.baselines["local"].sites) if "local" in run.baselines else {}
+    many = len(run.federated.sites) > MANY
+    text = "On each hospital's own test cases, with 95 % intervals."
+    tables = [_site_table(run, metrics[:COLUMNS], local, metric, text, many)]
+    if len(metrics) > COLUMNS:
+        whole = "Every other metric on each hospital's own test cases."
+        tables.append(_site_table(run, metrics[COLUMNS:], {}, None, whole, True))
+    return tables
+
+
+def _site_table(
+    run: Run,
+    metrics: Sequence[str],
+    local: Mapping[str, SiteResult],
+    metric: str | None,
+    text: str,
+    folded: bool,
+) -> Table:
+    head, rows = ["Hospital"], [[(site.name, "")] for site in run.federated.sites]
+    for m in metrics:
+        head.append(words.measure(m).label)
+        for row, site in zip(rows, run.federated.sites, strict=True):
+            row.append(_cell(site, m))
+        if m == metric and local:
+            head.append(f"{words.measure(m).label}, alone")
+            for row, site in zip(rows, run.federated.sites, strict=True):
+                alone = local.get(site.name)
+                row.append(_cell(alone, m) if alone is not None else (words.NONE, ""))
+    return Table(text, head, rows, folded)
+
+
+def _cell(site: SiteResult, metric: str) -> tuple[str, str]:
+    if not words.shows_metrics(site):
+        return ("too few", "")
+    number = words.value(metric, site.metrics.get(metric))
+    return (number, words.interval(metric, site.intervals.get(metric)))
+
+
+def privacy_table(run: Run) -> Table:
+    """ε and δ of every hospital."""
+    rows = [
+        [(s.name, ""), (words.epsilon(s.epsilon) if s.epsilon is not None else "no bound", ""),
+         (words.small_number(s.delta), "")]
+        for s in run.federated.sites
+    ]  # fmt: skip
+    caption = "Spent over the whole study; ε is rounded up."
+    return Table(caption, ["Hospital", "ε", "δ"], rows, folded=len(rows) > MANY)
+
+
+def data_table(run: Run) -> Table:
+    """Cases used and left out at every hospital, small counts masked."""
+    sites = run.federated.sites
+    reasons = sorted({r for s in sites for r in s.quarantined})
+    columns: list[tuple[str, Callable[[SiteResult], int]]] = [
+        ("Training", lambda s: s.n_train),
+        ("Validation", lambda s: s.n_validation),
+        ("Test", lambda s: s.n_test),
+        *((f"Left out: {words.reason(r)}", _quarantined(r)) for r in reasons),
+    ]
+    rows = [[(s.name, ""), *((words.count(f(s)), "") for _, f in columns)] for s in sites]
+    rows.append([("All hospitals", ""), *((words.total(map(f, sites)), "") for _, f in columns)])
+    left = "" if reasons else " No case was left out."
+    caption = f"Cases, split by patient. Counts from 1 to {words.SMALL - 1} show as <{words.SMALL}."
+    return Table(caption + left, ["Hospital", *(name for name, _ in columns)], rows,
+                 folded=len(sites) > MANY)  # fmt: skip
+
+
+def _quarantined(reason: str) -> Callable[[SiteResult], int]:
+    return lambda site: site.quarantined.get(reason, 0)
+
+
+def made(run: Run) -> list[tuple[str, str]]:
+    """How the model was made: (what, value)."""
+    facts, study = run.facts, run.study
+    per_round = facts.get("bytes_per_round")
+    environment: Mapping[str, Any] = facts.get("environment") or {}
+    parameters = facts.get("n_parameters")
+    lines = [
+        ("Study", study.name),
+        ("Task", f"{study.task.kind}: {', '.join(study.task.classes)}"),
+        ("Model", study.model.name + (f", {parameters:,} parameters" if parameters else "")),
+        ("Strategy", str(facts.get("strategy") or study.federation.strategy)),
+        ("Rounds", _rounds(run)),
+        ("Local training", _local_training(run)),
+        ("Seed", str(facts.get("seed", words.NONE))),
+        ("Traffic", f"{words.size(per_round)} a round, all hospitals together"),
+        ("Duration", words.duration(facts.get("seconds"))),
+        ("Date", str(facts.get("date", words.NONE))),
+        ("Versions", ", ".join(f"{k} {environment[k]}" for k in ("medfl", "torch", "flwr", "python")
+                               if environment.get(k))),
+        ("Machine", ", ".join(f"{k} {environment[k]}" for k in ("device", "cpus", "workers")
+                              if environment.get(k) is not None)),
+    ]  # fmt: skip
+    return [(what, text) for what, text in lines if text]
+
+
+def _rounds(run: Run) -> str:
+    rounds, chosen = run.facts.get("rounds"), run.facts.get("selected_round")
+    how = run.study.federation
+    if chosen is None:
+        return str(rounds)
+    why = f"best {words.measure(how.best_metric or '').label}" if how.keep == "best" else "the last"
+    return f"{rounds}; the published model is that of round {chosen} ({why})"
+
+
+def _local_training(run: Run) -> str:
+    t = run.study.training
+    amount = _plural(t.local_steps, "step") if t.local_steps else _plural(t.local_epochs, "epoch")
+    text = f"{amount} a round, batch {t.batch_size}, {t.optimiser}, learning rate "
+    return f"{text}{t.learning_rate:g}, loss {words.reason(t.loss)}"
+
+
+def _plural(n: int | None, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def digest_table(run: Run) -> Table:
+    """SHA-256 digests by which files and cohorts can be recognised."""
+    digests: Mapping[str, str] = run.facts.get("digests") or {}
+    named = {"study": run.facts.get("digest") or run.study.digest, **digests}
+    rows = [[(what, ""), (str(digest), "")] for what, digest in named.items()]
+    cohorts: Mapping[str, str] = run.facts.get("cohorts") or {}
+    rows += [[(f"cohort {site}", ""), (str(d), "")] for site, d in cohorts.items()]
+    return Table("Digests (SHA-256)", ["What", "Digest"], rows, folded=True)

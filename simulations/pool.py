@@ -1,0 +1,152 @@
+"""Worker processes that do what they are given, one task at a time, and may die without harm."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing as mp
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from medfl.common.errors import FederationError
+
+log = logging.getLogger(__name__)
+
+Work = Callable[[bytes], bytes]
+
+
+class WorkerDied(FederationError):
+    """The process that did a task ended before it answered."""
+
+
+class PoolClosed(FederationError):
+    """The pool was closed while a task waited: the whole simulation is ending."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+
+
+class Pool:
+    """`workers` processes forked from this one, so that nothing is imported twice.
+
+    Fork before torch computes anything here: a forked process inherits modules, not threads. Tasks
+    are bytes; nothing is pickled. A worker that dies costs its task (WorkerDied) and is replaced.
+    """
+
+    def __init__(self, work: Work, workers: int, start: Callable[[], None] = lambda: None) -> None:
+        self._work, self._start = work, start
+        self._context = mp.get_context("fork")
+        self._tasks: queue.SimpleQueue[tuple[bytes, Future[bytes]] | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._forking = threading.Lock()
+        self._workers: dict[int, _Worker] = {}
+        for i in range(workers):
+            self._workers[i] = self._fork()
+        self._threads = [
+            threading.Thread(target=self._serve, args=(i,), name=f"pool-{i}", daemon=True)
+            for i in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def __len__(self) -> int:
+        return len(self._threads)
+
+    def submit(self, task: bytes) -> Future[bytes]:
+        """Do `task` in the next free worker. The future raises WorkerDied or PoolClosed."""
+        future: Future[bytes] = Future()
+        self._tasks.put((task, future))
+        if self._closing.is_set():
+            self._drain()
+        return future
+
+    def close(self) -> None:
+        """End all workers at once; unfinished tasks are lost."""
+        self._closing.set()
+        for worker in list(self._workers.values()):
+            worker.process.terminate()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join(timeout=5)
+        self._drain()
+        for worker in list(self._workers.values()):
+            worker.process.join(timeout=5)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+            worker.pipe.close()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _drain(self) -> None:
+        """Nobody may wait for ever for what nobody will do."""
+        while True:
+            try:
+                item = self._tasks.get_nowait()
+            except queue.Empty:
+                return
+            if item is not None and item[1].set_running_or_notify_cancel():
+                item[1].set_exception(PoolClosed("the simulation has ended"))
+
+    def _fork(self) -> _Worker:
+        with self._forking:
+            ours, theirs = self._context.Pipe()
+            # A child that held other workers' pipes would keep them open after this process died.
+            not_its_own = [ours, *(w.pipe for w in self._workers.values())]
+            process = self._context.Process(
+                target=_loop, args=(theirs, not_its_own, self._work, self._start), daemon=True
+            )
+            process.start()
+            theirs.close()
+        return _Worker(process, ours)
+
+    def _serve(self, number: int) -> None:
+        while (item := self._tasks.get()) is not None:
+            task, future = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            worker = self._workers[number]
+            try:
+                worker.pipe.send_bytes(task)
+                future.set_result(worker.pipe.recv_bytes())
+            except (EOFError, OSError):
+                if self._closing.is_set():
+                    future.set_exception(PoolClosed("the simulation has ended"))
+                    continue
+                worker.process.join(timeout=1)
+                code = worker.process.exitcode
+                log.warning("a worker process ended (exit code %s); it is replaced", code)
+                worker.pipe.close()
+                self._workers[number] = self._fork()
+                future.set_exception(WorkerDied(f"a worker process ended (exit code {code})"))
+
+
+def _loop(
+    pipe: Connection, not_its_own: list[Connection], work: Work, start: Callable[[], None]
+) -> None:
+    # Ctrl-C reaches the whole terminal group; the parent decides when workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for other in not_its_own:
+        other.close()
+    start()
+    while True:
+        try:
+            task = pipe.recv_bytes()
+        except EOFError:
+            os._exit(0)
+        pipe.send_bytes(work(task))

@@ -1,0 +1,179 @@
+"""One study over many sites on one machine, with its comparisons, all by the deployed code.
+
+study + data -> hospitals -> runs (the study itself; per --compare: local, pooled, a strategy)
+runs -> one pool of forked workers; each run's coordinator is a thread over its own LocalGrid
+outcomes + the sites' score files -> result.json, rounds.jsonl, models, report
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+
+from medfl.client.flower import client_app
+from medfl.client.hospital import Hospital
+from medfl.common import tensors
+from medfl.common.errors import ConfigError, Interrupted
+from medfl.common.study import Study
+from medfl.common.tensors import Tensors
+from medfl.server.flower import FlowerSites
+from medfl.server.rounds import Outcome, RoundRecord, run_study
+from medfl.simulations.grid import LocalGrid, worker
+from medfl.simulations.pool import Pool
+from medfl.simulations.results import RoundLog
+from medfl.simulations.sites import OpenHospitals, SimulatedHospital, SimulatedRun
+from medfl.strategies.catalogue import STRATEGIES, strategy_for
+
+log = logging.getLogger(__name__)
+
+MAIN = "main"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """How the machine is used; none of it changes a result on the CPU.
+
+    workers: processes that train. device: of the training, such as cpu or cuda.
+    """
+
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    device: str = "cpu"
+
+
+def plan_runs(
+    study: Study,
+    hospitals: Sequence[SimulatedHospital],
+    out: Path,
+    compare: Sequence[str],
+    device: str,
+) -> list[SimulatedRun]:
+    """The main run and one a comparison.
+
+    Raises:
+        ConfigError: a comparison that is no strategy, `local` or `pooled`.
+    """
+    main = SimulatedRun(MAIN, study, tuple(hospitals), out, device)
+    strategy_for(study)
+    runs = [main]
+    for name in compare:
+        folder = out / "baselines" / name
+        if name == "pooled":
+            alone = replace(study.federation, strategy="fedavg", options=None, min_sites=1)
+            # Without privacy: it stands for what could be had if the data lay in one place.
+            pooled = replace(study, federation=replace(alone, sites_per_round=None), privacy=None)
+            runs.append(replace(main, name=name, study=pooled, folder=folder, pooled=True))
+        elif name in STRATEGIES:
+            other = study.with_strategy(name)
+            strategy_for(other)
+            runs.append(replace(main, name=name, study=other, folder=folder))
+        else:
+            raise ConfigError(
+                f"--compare {name}: is not known; use pooled or one of {', '.join(STRATEGIES)}"
+            )
+    return runs
+
+
+def run_all(
+    runs: Sequence[SimulatedRun],
+    *,
+    seed: int,
+    machine: Machine,
+    on_round: Callable[[RoundRecord], None] = lambda record: None,
+) -> dict[str, Outcome]:
+    """Outcomes by run name. The same seed gives the same bits for any number of workers.
+
+    Raises:
+        Interrupted: Ctrl-C; finished rounds, and the weights after them, are on disk.
+        MedflError: what ended the main run or a comparison.
+    """
+    by_id = dict(enumerate(runs, start=1))
+    opened = OpenHospitals(by_id)
+
+    def find_hospital(context: Context) -> Hospital:
+        return opened.find(context.run_id, context.node_id)
+
+    def make_context(run_id: int, node_id: int) -> Context:
+        return Context(run_id, node_id, {}, RecordDict(), {})
+
+    preload(runs[0].study)
+    work = worker(client_app(find_hospital), make_context)
+    rounds = RoundLog(runs[0].folder)
+    with Pool(work, machine.workers, start=single_thread) as pool:
+        latest: dict[str, Tensors] = {}
+
+        def one(run_id: int, run: SimulatedRun) -> Outcome:
+            grid = LocalGrid(pool, run_id, len(run.names))
+
+            def note(record: RoundRecord, weights: Tensors) -> None:
+                latest[run.name] = weights
+                rounds.write(record)
+                on_round(record)
+
+            return run_study(run.study, FlowerSites(grid), seed=seed, run=run.name, on_round=note)
+
+        threads = ThreadPoolExecutor(len(runs), thread_name_prefix="coordinator")
+        futures = {run.name: threads.submit(one, i, run) for i, run in by_id.items()}
+        try:
+            _wait(futures.values())
+        except KeyboardInterrupt:
+            pool.close()
+            for run in runs:
+                if run.name in latest:
+                    tensors.save(latest[run.name], run.folder / "model_last.safetensors")
+            raise Interrupted(
+                f"Stopped. The rounds that were finished are in {rounds.path}, the weights after "
+                "them in model_last.safetensors beside it."
+            ) from None
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+        return {name: future.result() for name, future in futures.items()}
+
+
+def _wait(futures: Collection[Future[Outcome]]) -> None:
+    """Wait in short steps, so that Ctrl-C is noticed; the first error ends everything."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+
+
+def preload(study: Study) -> None:
+    """Import here what every worker needs, so that a fork shares it."""
+    import torch
+
+    import medfl.client.training.loop
+    import medfl.client.training.predict
+    import medfl.common.models  # noqa: F401
+
+    single_thread()
+    log.debug("torch %s", torch.__version__)
+
+
+def single_thread() -> None:
+    """One thread a worker: sites run side by side, and sums do not depend on the machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def choose_device(wanted: str) -> str:
+    """cpu or cuda; `auto` takes a GPU where there is one.
+
+    Raises:
+        ConfigError: an unknown name, or cuda where there is none (no silent fall-back).
+    """
+    import torch
+
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device {wanted}: must be one of auto, cpu, cuda")
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    return "cuda" if wanted != "cpu" and there else "cpu"

@@ -1,0 +1,187 @@
+"""The hospitals of a simulation: found on disk, or made from a public collection."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medfl.client.data.cases import Arrays, Cohort
+from medfl.client.data.cohort import build_cohort, find_cases
+from medfl.client.hospital import Hospital
+from medfl.common.errors import ConfigError
+from medfl.common.site import Cache, Policy, SitePrivacy, load_site
+from medfl.common.source import DataSource
+from medfl.common.study import Study
+from medfl.simulations.partition import partition
+
+# Hospitals that one worker keeps open. More would make memory grow with the number of sites.
+OPEN_HOSPITALS = 8
+
+
+@dataclass(frozen=True)
+class SimulatedHospital:
+    """One hospital before its data are read. `only`: case ids, where a collection was divided."""
+
+    name: str
+    source: DataSource
+    cache: Cache
+    only: frozenset[str] | None = None
+    policy: Policy = field(default_factory=Policy)
+    privacy: SitePrivacy | None = None
+
+    def cohort(self, study: Study) -> Cohort:
+        """The checked cases; keys differ between sites even where case ids do not."""
+        return build_cohort(
+            self.source, study, cache=self.cache, only=self.only, site_key=self.name.encode()
+        )
+
+
+@dataclass(frozen=True)
+class SimulatedRun:
+    """One run of one study: the main one, or a comparison's.
+
+    pooled: all hospitals' cases lie in one place, which is what federation does without.
+    """
+
+    name: str
+    study: Study
+    hospitals: tuple[SimulatedHospital, ...]
+    folder: Path
+    device: str = "cpu"
+    pooled: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the nodes, in the order of their ids from 1."""
+        return ("pooled",) if self.pooled else tuple(h.name for h in self.hospitals)
+
+    def hospital(self, node_id: int) -> Hospital:
+        """The hospital behind a node of this run."""
+        if self.pooled:
+            return Hospital(
+                name="pooled",
+                study=self.study,
+                load_cohort=lambda: pool([h.cohort(self.study) for h in self.hospitals]),
+                folder=self.folder / "sites" / "pooled",
+                device=self.device,
+            )
+        found = self.hospitals[node_id - 1]
+        return Hospital(
+            name=found.name,
+            study=self.study,
+            load_cohort=lambda: found.cohort(self.study),
+            folder=self.folder / "sites" / found.name,
+            policy=found.policy,
+            privacy=found.privacy,
+            device=self.device,
+        )
+
+
+class OpenHospitals:
+    """The hospitals of all runs, each opened when asked for; the least used ones are closed."""
+
+    def __init__(self, runs: Mapping[int, SimulatedRun]) -> None:
+        self._runs = runs
+        self._open: OrderedDict[tuple[int, int], Hospital] = OrderedDict()
+
+    def find(self, run_id: int, node_id: int) -> Hospital:
+        """The hospital behind a node of a run."""
+        key = (run_id, node_id)
+        if key not in self._open:
+            self._open[key] = self._runs[run_id].hospital(node_id)
+        self._open.move_to_end(key)
+        while len(self._open) > OPEN_HOSPITALS:
+            self._open.popitem(last=False)
+        return self._open[key]
+
+
+def find_hospitals(study: Study, data: Path, cache: Path) -> tuple[SimulatedHospital, ...]:
+    """The hospitals that the study's [simulation] makes of `data`, or the folders with a site.toml.
+
+    Raises:
+        ConfigError: `data` holds no hospital, or not what the study's [simulation] speaks of.
+    """
+    if not data.is_dir():
+        raise ConfigError(f"--data {data}: is not a folder; name the folder that holds the data")
+    simulation = study.simulation
+    if simulation is None:
+        return _from_site_files(data)
+    own = Cache(path=cache)
+    if simulation.sites is not None:
+        return tuple(
+            SimulatedHospital(
+                name=s.name,
+                source=s.data.below(data),
+                cache=own,
+                privacy=None
+                if s.privacy_epsilon is None
+                else SitePrivacy(epsilon=s.privacy_epsilon),
+            )
+            for s in sorted(simulation.sites, key=lambda s: s.name)
+        )
+    if simulation.data is None or simulation.partition is None:
+        raise ConfigError("simulation: write `sites`, or `data` with `partition`")
+    source = simulation.data.below(data)
+    parts = partition(find_cases(source, study).cases, simulation.partition)
+    return tuple(
+        SimulatedHospital(name=name, source=source, cache=own, only=frozenset(ids))
+        for name, ids in sorted(parts.items())
+    )
+
+
+def _from_site_files(data: Path) -> tuple[SimulatedHospital, ...]:
+    files = sorted(data.glob("*/site.toml"))
+    if not files:
+        raise ConfigError(
+            f"--data {data}: no folder in it holds a site.toml, and the study has no [simulation] "
+            "table that says how to make hospitals of it. Add one of the two"
+        )
+    sites = [load_site(file) for file in files]
+    names = [s.name for s in sites]
+    if twice := {n for n in names if names.count(n) > 1}:
+        raise ConfigError(f"--data {data}: two site.toml have the name {', '.join(sorted(twice))}")
+    return tuple(
+        SimulatedHospital(
+            name=s.name, source=s.data, cache=s.cache, policy=s.policy, privacy=s.privacy
+        )
+        for s in sorted(sites, key=lambda s: s.name)
+    )
+
+
+class _Chain(Sequence[NDArray[Any]]):
+    """Several cohorts' arrays one after another, read when asked for."""
+
+    def __init__(self, parts: Sequence[Arrays | Sequence[NDArray[Any]]]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(p) for p in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> NDArray[Any]:  # type: ignore[override]
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        before = int(self._ends[part - 1]) if part else 0
+        return np.asarray(self._parts[part][index - before])
+
+
+def pool(cohorts: Sequence[Cohort]) -> Cohort:
+    """All cohorts as if they lay in one hospital; each case keeps its part."""
+    first = cohorts[0]
+    in_one_array = isinstance(first.targets, np.ndarray)
+    return replace(
+        first,
+        cases=tuple(c for cohort in cohorts for c in cohort.cases),
+        inputs=_Chain([c.inputs for c in cohorts]),
+        targets=np.concatenate([np.asarray(c.targets) for c in cohorts])
+        if in_one_array
+        else _Chain([c.targets for c in cohorts]),
+        records=tuple(r for cohort in cohorts for r in cohort.records),
+        quarantined=tuple(q for cohort in cohorts for q in cohort.quarantined),
+        digest="",
+    )

@@ -1,0 +1,103 @@
+"""A strategy is a value: how updates are combined, what the server does with the result, and what
+it asks of local training. Adding one is a function here or beside, and a line in the catalogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from medfl.common.messages import Reply
+from medfl.common.tensors import Array, Tensors, floats
+
+Weighting = Callable[[int], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """One round's updates as one: the mean delta and the mean change of control variates."""
+
+    delta: Tensors
+    control: Tensors
+    n_sites: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """What the coordinator keeps between rounds beside the weights.
+
+    round: rounds combined so far. slots: named groups of arrays, such as `momentum`.
+    """
+
+    round: int = 0
+    slots: Mapping[str, Tensors] = field(default_factory=dict)
+
+
+Combine = Callable[[Iterable[Reply], Weighting], Combined]
+ServerStep = Callable[[Tensors, Tensors, ServerState], tuple[dict[str, Array], ServerState]]
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """What a strategy asks of training at the hospital.
+
+    proximal_mu: weight of the proximal term (FedProx). control_variates: correct each gradient
+        (SCAFFOLD). keeps: layers that never leave the hospital.
+    """
+
+    proximal_mu: float = 0.0
+    control_variates: bool = False
+    keeps: Literal["nothing", "normalisation", "everything"] = "nothing"
+
+
+def weighted_mean(updates: Iterable[Reply], weight: Weighting) -> Combined:
+    """Mean of the deltas, weighted by `weight(n_cases)`; one running sum, whatever the number.
+
+    McMahan et al. 2017, Algorithm 1, line 8. Control variates are averaged equally (Karimireddy et
+    al. 2020, eq. 5). The sum is in float64 and in the order given: sites come in a fixed order, so
+    the result does not depend on who answered first.
+    """
+    sums: dict[str, Array] = {}
+    controls: dict[str, Array] = {}
+    total, n_sites = 0.0, 0
+    for update in updates:
+        w = weight(update.n_cases)
+        _accumulate(sums, update.delta, w)
+        _accumulate(controls, update.control, 1.0)
+        total += w
+        n_sites += 1
+    return Combined(
+        delta={name: (s / total).astype(np.float32) for name, s in sums.items()},
+        control={name: (s / n_sites).astype(np.float32) for name, s in controls.items()},
+        n_sites=n_sites,
+    )
+
+
+def _accumulate(sums: dict[str, Array], tensors: Tensors, weight: float) -> None:
+    for name, array in floats(tensors).items():
+        if name not in sums:
+            sums[name] = np.zeros(array.shape, dtype=np.float64)
+        sums[name] += weight * array.astype(np.float64)
+
+
+def take_mean(
+    weights: Tensors, delta: Tensors, state: ServerState
+) -> tuple[dict[str, Array], ServerState]:
+    """new_weights = weights + delta (FedAvg); names without a delta stay."""
+    moved = {
+        name: (a + delta[name]).astype(a.dtype) if name in delta else a
+        for name, a in weights.items()
+    }
+    return moved, ServerState(state.round + 1, state.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """How updates become the next model, and what that asks of local training."""
+
+    combine: Combine = weighted_mean
+    server_step: ServerStep = take_mean
+    local: Local = Local()
