@@ -80,6 +80,7 @@ def case_set(study: Study, shared: Shared, cohort: Cohort, split: Split) -> Case
         )
     else:
         inputs = _select_images(shared, cohort.inputs, positions)
+    targets: Any
     if study.task.kind == "segmentation":
         targets = _gather(Selected(cohort.targets, positions))
     else:

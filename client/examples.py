@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,8 @@ class Example:
     key: str
     score: float
     image: NDArray[np.uint8]
-    target: NDArray[np.generic]
-    prediction: NDArray[np.generic]
+    target: NDArray[Any]
+    prediction: NDArray[Any]
 
 
 class Gallery:
@@ -92,7 +93,7 @@ class Gallery:
         self._kept = kept if len(kept) <= 2 * n else kept[:n] + kept[-n:]
 
 
-def _slice(target: NDArray[np.generic]) -> tuple[slice | int, ...]:
+def _slice(target: NDArray[Any]) -> tuple[slice | int, ...]:
     """The axial slice with most foreground, or the whole of a 2-D picture."""
     if target.ndim == 2:
         return (slice(None), slice(None))
@@ -101,20 +102,20 @@ def _slice(target: NDArray[np.generic]) -> tuple[slice | int, ...]:
     return (slice(None), slice(None), int(filled.argmax()) if filled.any() else middle)
 
 
-def _overlap(target: NDArray[np.generic], mask: NDArray[np.generic]) -> float:
+def _overlap(target: NDArray[Any], mask: NDArray[Any]) -> float:
     """Share of the foreground that agrees in class: 2 |agree| / (|target| + |mask|)."""
     total = int((target > 0).sum()) + int((mask > 0).sum())
     agree = int(((target == mask) & (target > 0)).sum())
     return 2 * agree / total if total else 1.0
 
 
-def _grey(picture: NDArray[np.generic]) -> NDArray[np.uint8]:
+def _grey(picture: NDArray[Any]) -> NDArray[np.uint8]:
     low, high = np.percentile(picture, [1, 99])
     scaled = (picture.astype(np.float64) - low) / max(float(high - low), 1e-9)
     return np.asarray(np.clip(scaled, 0, 1) * 255, dtype=np.uint8)
 
 
-def _pad(picture: NDArray[np.generic], shape: NDArray[np.int64]) -> NDArray[np.generic]:
+def _pad(picture: NDArray[Any], shape: NDArray[np.int64]) -> NDArray[Any]:
     if picture.ndim == 1:
         return picture
     return np.pad(picture, [(0, int(s - p)) for s, p in zip(shape, picture.shape, strict=True)])

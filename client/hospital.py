@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from medfl.client.training.caseset import CaseSet
 from medfl.client.training.plan import DpPlan, TrainPlan
 from medfl.common import accounting, tensors
 from medfl.common.errors import DataError, FederationError, PolicyRefused
-from medfl.common.messages import Instruction, Metrics, Part, Reply
+from medfl.common.messages import PARTS, Instruction, Metrics, Part, Reply
 from medfl.common.metrics import default_metrics, needs_distances, summarise
 from medfl.common.metrics.scores import Scores, score_classification, score_masks
 from medfl.common.records import columns
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_built: dict[tuple[str, int | None, bool, str], nn.Module] = {}
+
 
 @dataclass(frozen=True)
 class Hospital:
@@ -49,6 +51,8 @@ class Hospital:
 
     load_cohort: reads the cohort (from the cache where there is one); called once.
     folder: where this site keeps its own state and results of one run; never sent anywhere.
+    secret: part of every seed here. Whoever knows the seeds can subtract the noise of differential
+        privacy, so a real hospital draws it at random; a simulation leaves it empty to be repeated.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Hospital:
     policy: Policy = field(default_factory=Policy)
     privacy: SitePrivacy | None = None
     device: str = "cpu"
+    secret: str = ""
 
     @cached_property
     def cohort(self) -> Cohort:
@@ -119,7 +124,7 @@ def privacy_of(study: Study, site: SitePrivacy | None) -> SitePrivacy | None:
 
 def _prepare(hospital: Hospital, asked: Instruction) -> Reply:
     cohort = hospital.cohort
-    counts = {part: len(cohort.positions(part)) for part in ("train", "validation", "test")}
+    counts = _counts(cohort)
     if counts["train"] < max(1, hospital.policy.min_cases):
         raise PolicyRefused(
             f"{counts['train']} training cases, and this site's policy asks for at least "
@@ -193,7 +198,7 @@ def _finish(hospital: Hospital, asked: Instruction) -> Reply:
             part: _evaluate(hospital, model, shared, asked, part, final=part == "test")
             for part in asked.parts
         },
-        counts={part: len(cohort.positions(part)) for part in ("train", "validation", "test")},
+        counts=_counts(cohort),
         epsilon=None if spent is None else spent[0],
         target_delta=None if spent is None else spent[1],
     )
@@ -297,7 +302,7 @@ def _plan(
     plan = TrainPlan(
         round=asked.round,
         rounds=study.federation.rounds,
-        seed=derive(asked.seed, "site", hospital.name, "round", asked.round),
+        seed=derive(asked.seed, "site", hospital.name, hospital.secret, "round", asked.round),
         device=hospital.device,
     )
     privacy = privacy_of(study, hospital.privacy)
@@ -334,13 +339,28 @@ def _history(hospital: Hospital) -> list[tuple[float, float, int]]:
     return [(float(n), float(q), int(t)) for n, q, t in json.loads(file.read_text())]
 
 
+def _counts(cohort: Cohort) -> dict[Part, int]:
+    return {part: len(cohort.positions(part)) for part in PARTS}
+
+
 def _model(hospital: Hospital, asked: Instruction, shared: Shared) -> nn.Module:
+    """The study's network on the hospital's device; its weights are whatever it had before.
+
+    Building one takes longer than a round of a small site, so the last ones built are kept.
+    """
     from medfl.common.models import build_model
 
     study = hospital.study
     n_features = len(columns(study.record, shared)) if study.record is not None else None
-    model = build_model(study, shared, n_features=n_features, seed=derive(asked.seed, "weights"))
-    return model.to(hospital.device)
+    key = (study.digest, n_features, shared.private, hospital.device)
+    if key not in _built:
+        model = build_model(
+            study, shared, n_features=n_features, seed=derive(asked.seed, "weights")
+        )
+        _built[key] = model.to(hospital.device)
+        while len(_built) > 4:
+            _built.pop(next(iter(_built)))
+    return _built[key]
 
 
 def _weights(model: nn.Module) -> dict[str, Array]:
@@ -422,7 +442,7 @@ def _own_control(hospital: Hospital, asked: Instruction) -> dict[str, Array] | N
     return {n: np.zeros_like(a) for n, a in asked.control.items()}
 
 
-def _rounded(metrics: Mapping[str, Metrics], decimals: int) -> dict[str, dict[str, Any]]:
+def _rounded(metrics: Mapping[Part, Metrics], decimals: int) -> dict[Part, Metrics]:
     return {
         part: {n: None if v is None else round(v, decimals) for n, v in values.items()}
         for part, values in metrics.items()

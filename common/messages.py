@@ -7,14 +7,23 @@ of arrays), which is all that a transport has to carry. Decoding refuses what it
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from medfl.common.errors import FederationError
 from medfl.common.tensors import Tensors
 
+log = logging.getLogger(__name__)
+
+# For the decoder: arrays are passed as they are, numbers must be finite, nothing else may be there.
+_STRICT = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, extra="forbid")
+
 Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
 Metrics = Mapping[str, float | None]
 
 
@@ -40,6 +49,7 @@ class Instruction:
     weights: the global model. control: the coordinator's control variate (SCAFFOLD).
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     kind: Literal["prepare", "round", "finish"]
     study_digest: str
     run: str
@@ -64,6 +74,7 @@ class Reply:
     delta: local minus global weights. control: change of the site's control variate (SCAFFOLD).
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     site: str
     round: int = 0
     n_cases: int = 0
@@ -82,7 +93,12 @@ class Reply:
     control: Tensors = field(default_factory=dict)
 
 
-_ARRAYS = {Instruction: ("weights", "control"), Reply: ("delta", "control")}
+M = TypeVar("M", Instruction, Reply)
+
+_ARRAYS: dict[type, tuple[str, ...]] = {
+    Instruction: ("weights", "control"),
+    Reply: ("delta", "control"),
+}
 
 
 def pack(message: Instruction | Reply) -> Envelope:
@@ -93,32 +109,29 @@ def pack(message: Instruction | Reply) -> Envelope:
 
 
 def unpack_instruction(envelope: Envelope) -> Instruction:
-    """Inverse of `pack`. Raises FederationError for anything unknown."""
-    plain = _plain(envelope, Instruction)
-    return Instruction(**{**plain, "parts": tuple(plain.get("parts", ()))}, **envelope.arrays)
+    """Inverse of `pack`. Raises FederationError for anything unknown or of another type."""
+    return _unpack(envelope, Instruction)
 
 
 def unpack_reply(envelope: Envelope) -> Reply:
-    """Inverse of `pack`. Raises FederationError for anything unknown."""
-    return Reply(**_plain(envelope, Reply), **envelope.arrays)
+    """Inverse of `pack`. Raises FederationError for anything unknown or of another type."""
+    return _unpack(envelope, Reply)
 
 
-def _plain(envelope: Envelope, kind: type[Instruction] | type[Reply]) -> dict[str, Any]:
+def _unpack(envelope: Envelope, kind: type[M]) -> M:
+    known = {f.name for f in fields(kind)} - set(_ARRAYS[kind])
     try:
         plain = json.loads(envelope.about)
-    except json.JSONDecodeError:
-        plain = None
-    known = {f.name for f in fields(kind)} - set(_ARRAYS[kind])
-    if not isinstance(plain, dict) or set(plain) != known:
-        raise FederationError(
-            f"A message does not have the fields of a {kind.__name__.lower()}. Coordinator and "
-            "hospitals must run the same version of medfl; compare `--version` on both."
-        )
-    if set(envelope.arrays) - set(_ARRAYS[kind]):
-        raise FederationError(
-            "A message carries arrays that its kind does not have; it is refused."
-        )
-    return plain
+        if isinstance(plain, dict) and set(plain) == known:
+            groups = {name: dict(group) for name, group in envelope.arrays.items()}
+            return TypeAdapter(kind).validate_python({**plain, **groups})
+    except (json.JSONDecodeError, ValidationError):
+        # What was in it stays unsaid: the text may hold what the sender should not have sent.
+        log.warning("a message that is not a %s was refused", kind.__name__.lower())
+    raise FederationError(
+        f"A message does not have the fields of a {kind.__name__.lower()}. Coordinator and "
+        "hospitals must run the same version of medfl; compare `--version` on both."
+    )
 
 
 def refusal(site: str, error: Exception, round_: int) -> Reply:

@@ -113,7 +113,7 @@ def run_study(
     strategy = strategy_for(study)
     say = Instruction(kind="prepare", study_digest=study.digest, run=run, seed=seed)
     names, shared, refused = _prepare(study, sites, say)
-    weights = initial_weights(study, shared, seed)
+    weights: Tensors = initial_weights(study, shared, seed)
     say = replace(say, shared=statistics.statistics_to_plain(shared))
     state, best, records = ServerState(), _Best(study.federation.best_metric), []
     control: dict[str, Array] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import time
@@ -195,9 +196,8 @@ def make_room(out: Path) -> Path | None:
     """Make `out`; results of an earlier run in it are moved aside, never overwritten."""
     moved = None
     if out.exists() and any(out.iterdir()):
-        number = 1
-        while (moved := out.with_name(f"{out.name}.previous-{number}")).exists():
-            number += 1
+        names = (out.with_name(f"{out.name}.previous-{n}") for n in itertools.count(1))
+        moved = next(name for name in names if not name.exists())
         out.rename(moved)
     out.mkdir(parents=True, exist_ok=True)
     return moved

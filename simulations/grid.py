@@ -19,16 +19,19 @@ from flwr.supercore.task_identity import TaskIdentity
 from medfl.common.errors import FederationError
 from medfl.simulations.pool import Pool, WorkerDied
 
-MakeContext = Callable[[int, int], Context]
 _WORKER_DIED = 3
 
 
-def worker(app: ClientApp, make_context: MakeContext) -> Callable[[bytes], bytes]:
-    """What a pool's process does: parse a message, run the ClientApp, serialise its answer."""
+def worker(app: ClientApp) -> Callable[[bytes], bytes]:
+    """What a pool's process does: parse a message, run the ClientApp, serialise its answer.
+
+    The app's context names the run and the node and holds nothing else.
+    """
 
     def work(task: bytes) -> bytes:
         message = message_from_proto(ProtoMessage.FromString(task))
-        context = make_context(message.metadata.run_id, message.metadata.dst_node_id)
+        address = message.metadata
+        context = Context(address.run_id, address.dst_node_id, {}, RecordDict(), {})
         return bytes(message_to_proto(app(message, context)).SerializeToString())
 
     return work

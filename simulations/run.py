@@ -14,10 +14,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flwr.app import Context, RecordDict
-
 from medfl.client.flower import client_app
-from medfl.client.hospital import Hospital
 from medfl.common import tensors
 from medfl.common.errors import ConfigError, Interrupted
 from medfl.common.study import Study
@@ -95,14 +92,8 @@ def run_all(
     by_id = dict(enumerate(runs, start=1))
     opened = OpenHospitals(by_id)
 
-    def find_hospital(context: Context) -> Hospital:
-        return opened.find(context.run_id, context.node_id)
-
-    def make_context(run_id: int, node_id: int) -> Context:
-        return Context(run_id, node_id, {}, RecordDict(), {})
-
     preload(runs[0].study)
-    work = worker(client_app(find_hospital), make_context)
+    work = worker(client_app(lambda context: opened.find(context.run_id, context.node_id)))
     rounds = RoundLog(runs[0].folder)
     with Pool(work, machine.workers, start=single_thread) as pool:
         latest: dict[str, Tensors] = {}

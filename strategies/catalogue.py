@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 
 from medfl.common.errors import ConfigError
-from medfl.common.study import Federation, Study
+from medfl.common.options import checked_options
+from medfl.common.study import Study
 from medfl.strategies.optimisers import (
     adagrad_moment,
     adam_moment,
@@ -23,23 +23,23 @@ def fedavg() -> Strategy:
     return Strategy()
 
 
-def fedprox(mu: float = 0.01) -> Strategy:
+def fedprox(*, mu: float = 0.01) -> Strategy:
     """Li et al. 2020, eq. 2: local loss + mu/2 ||w - w_global||^2."""
     return Strategy(local=Local(proximal_mu=mu))
 
 
-def fedavgm(learning_rate: float = 1.0, momentum_beta: float = 0.9) -> Strategy:
+def fedavgm(*, learning_rate: float = 1.0, momentum_beta: float = 0.9) -> Strategy:
     """Hsu et al. 2019: momentum on the server."""
     return Strategy(server_step=momentum(learning_rate, momentum_beta))
 
 
-def fedadagrad(learning_rate: float = 0.1, tau: float = 1e-3) -> Strategy:
+def fedadagrad(*, learning_rate: float = 0.1, tau: float = 1e-3) -> Strategy:
     """Reddi et al. 2021: Adagrad on the server."""
     return Strategy(server_step=adaptive(adagrad_moment, learning_rate, 0.0, tau))
 
 
 def fedadam(
-    learning_rate: float = 0.1, beta_1: float = 0.9, beta_2: float = 0.99, tau: float = 1e-3
+    *, learning_rate: float = 0.1, beta_1: float = 0.9, beta_2: float = 0.99, tau: float = 1e-3
 ) -> Strategy:
     """Reddi et al. 2021: Adam on the server."""
     step = adaptive(adam_moment(beta_2), learning_rate, beta_1, tau, bias_beta_2=beta_2)
@@ -47,7 +47,7 @@ def fedadam(
 
 
 def fedyogi(
-    learning_rate: float = 0.01, beta_1: float = 0.9, beta_2: float = 0.99, tau: float = 1e-3
+    *, learning_rate: float = 0.01, beta_1: float = 0.9, beta_2: float = 0.99, tau: float = 1e-3
 ) -> Strategy:
     """Reddi et al. 2021: Yogi on the server."""
     return Strategy(server_step=adaptive(yogi_moment(beta_2), learning_rate, beta_1, tau))
@@ -100,15 +100,7 @@ def strategy_for(study: Study) -> Strategy:
             f"federation.strategy: {federation.strategy!r} is not in the catalogue; "
             f"use one of {', '.join(STRATEGIES)}"
         )
-    known = inspect.signature(make).parameters
-    options = federation.options or {}
-    if faults := [
-        f"federation.options.{o}: {_hint(federation, list(known))}"
-        for o in options
-        if o not in known
-    ]:
-        raise ConfigError(faults)
-    strategy = make(**options)
+    strategy = make(**checked_options(make, federation.options, "federation.options"))
     if strategy.local.control_variates and (
         study.training.optimiser != "sgd" or study.training.momentum != 0
     ):
@@ -117,8 +109,3 @@ def strategy_for(study: Study) -> Strategy:
             '"sgd" and training.momentum to 0, or choose another strategy'
         )
     return strategy
-
-
-def _hint(federation: Federation, known: list[str]) -> str:
-    have = f"known ones: {', '.join(known)}" if known else "it has none"
-    return f"{federation.strategy} has no such option; {have}"

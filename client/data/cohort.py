@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import logging
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from medfl.client.data import store
+from medfl.client.data.candidates import Candidate, choose, hashed
 from medfl.client.data.cases import Case, CaseRef, Cohort, Found, Quarantined, Split
 from medfl.client.data.fingerprints import (
     Fingerprints,
     load_fingerprints,
     save_fingerprints,
 )
-from medfl.client.data.labels import class_target, record_of
 from medfl.client.data.preprocess import Facts, Prepared, prepare
-from medfl.client.data.reasons import BLOCKING, KEPT, NOT_FAULTY, REASONS
-from medfl.client.data.splits import split_cases, split_name
+from medfl.client.data.quality import notes_on, quality_faults
+from medfl.client.data.splits import split_cases
 from medfl.client.readers import READERS, Reader
 from medfl.common.errors import CaseError, DataError, StorageError
 from medfl.common.site import Cache
@@ -34,25 +31,6 @@ from medfl.common.source import DataSource
 from medfl.common.study import Study
 
 log = logging.getLogger(__name__)
-
-Target = int | NDArray[np.float32] | None
-Record = Mapping[str, str | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A case whose label or record is sound, before its picture is read.
-
-    content: fingerprint of picture, mask or record. position: place in the reader's list.
-    """
-
-    ref: CaseRef
-    key: str
-    content: str
-    position: int
-    target: Target
-    record: Record | None
-    given: Split | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +114,7 @@ def examine(
         )
     prints = load_fingerprints(cache.path) if cache is not None else Fingerprints()
     before = len(prints.known)
-    candidates, faulty = _candidates(found, source, study, prints, site_key)
+    candidates, faulty = choose(found, source, study, prints, site_key)
     if cache is not None and len(prints.known) != before:
         _remember(cache, prints)
     ordered = sorted(candidates, key=lambda c: c.key)
@@ -149,7 +127,7 @@ def examine(
             usable.append((candidate, entry.facts))
     cohort, faults = _assembled(usable, stored, (*found.quarantined, *faulty), study, site_key)
     facts = tuple(f for _, f in usable)
-    return Examined(cohort, found.cases, facts, tuple(faults), _notes(cohort, study))
+    return Examined(cohort, found.cases, facts, tuple(faults), notes_on(cohort, study))
 
 
 def _remember(cache: Cache, prints: Fingerprints) -> None:
@@ -160,55 +138,6 @@ def _remember(cache: Cache, prints: Fingerprints) -> None:
             f"The cache in {cache.path} cannot be written: {error.strerror}. Make room or name "
             "another folder as cache.path in site.toml."
         ) from None
-
-
-def _candidates(
-    found: Found, source: DataSource, study: Study, prints: Fingerprints, site_key: bytes
-) -> tuple[list[Candidate], list[Quarantined]]:
-    """Cases with a sound label, record and split; copies of one picture are left out."""
-    candidates: list[Candidate] = []
-    faulty: list[Quarantined] = []
-    pictures: set[str] = set()
-    for position, ref in enumerate(found.cases):
-        try:
-            candidate = _candidate(ref, position, source, study, site_key)
-            if study.image is not None:
-                picture, content = prints.of_case(ref)
-                if picture in pictures:
-                    raise CaseError("duplicate")
-                pictures.add(picture)
-                candidate = replace(candidate, content=content)
-            candidates.append(candidate)
-        except CaseError as error:
-            faulty.append(Quarantined(ref.case_id, error.reason, error.detail))
-    return candidates, faulty
-
-
-def _candidate(
-    ref: CaseRef, position: int, source: DataSource, study: Study, site_key: bytes
-) -> Candidate:
-    segmentation = study.task.kind == "segmentation"
-    if segmentation and not ref.mask_files:
-        raise CaseError("mask_missing")
-    record: Record | None = None
-    content = ""
-    if study.record is not None:
-        record = record_of(ref, source, study.record.features)
-        if study.record.missing == "drop" and None in record.values():
-            raise CaseError("incomplete_record")
-        content = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    target = None if segmentation else class_target(ref, source, study)
-    given = None
-    if study.evaluation.split == "given" and ref.fields.get("split"):
-        given = split_name(ref.fields["split"])
-    key = hashed(site_key, "case", ref.case_id)
-    return Candidate(ref, key, content, position, target, record, given)
-
-
-def hashed(site_key: bytes, kind: str, name: str) -> str:
-    """Keyed hash (hex) of a case's or patient's name; cannot be guessed without the site's key."""
-    text = f"{kind}\0{name}".encode("utf-8", "surrogateescape")
-    return hmac.new(site_key, text, hashlib.sha256).hexdigest()[:32]
 
 
 def _pictures(
@@ -261,7 +190,7 @@ def _assembled(
     site_key: bytes,
 ) -> tuple[Cohort, list[str]]:
     candidates = [candidate for candidate, _ in usable]
-    faults = _quality_faults(len(candidates), quarantined, study)
+    faults = quality_faults(len(candidates), quarantined, study)
     try:
         splits = _splits(candidates, study)
     except DataError as error:
@@ -321,43 +250,3 @@ def _digest(candidates: Sequence[Candidate], study: Study) -> str:
         ],
     }
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _quality_faults(usable: int, quarantined: Sequence[Quarantined], study: Study) -> list[str]:
-    """What the study's [quality] table refuses, one message each, with counts and remedies."""
-    counts = Counter(q.reason for q in quarantined)
-    faults = [
-        f"{counts[r]} cases block the study. {REASONS[r]}" for r in sorted(BLOCKING & {*counts})
-    ]
-    faulty = sum(n for reason, n in counts.items() if reason not in NOT_FAULTY)
-    limit = study.quality.max_quarantined
-    if faulty > limit * (usable + faulty):
-        faults.append(
-            f"{faulty} of {usable + faulty} cases cannot be used; the study allows {limit:.0%}.\n"
-            f"{explained(counts)}\n{KEPT}"
-        )
-    if usable < study.quality.min_cases:
-        reasons = f"\n{explained(counts)}\n{KEPT}" if counts else ""
-        faults.append(
-            f"{usable} usable cases; the study needs {study.quality.min_cases}. "
-            f"Check `path` and `table` in site.toml.{reasons}"
-        )
-    return faults
-
-
-def explained(counts: Mapping[str, int]) -> str:
-    """One line a reason, most frequent first."""
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return "\n".join(f"  {n} × {reason}: {REASONS[reason]}" for reason, n in ranked)
-
-
-def _notes(cohort: Cohort, study: Study) -> tuple[str, ...]:
-    notes = []
-    if study.task.kind != "segmentation" and not study.task.multi_label and cohort.cases:
-        present = np.unique(np.asarray(cohort.targets))
-        if len(present) == 1:
-            notes.append("All usable cases are of one class; that is allowed, but look at it.")
-    for part in ("train", "test"):
-        if cohort.cases and not any(c.split == part for c in cohort.cases):
-            notes.append(f"No case is in the {part} part.")
-    return tuple(notes)

@@ -24,13 +24,16 @@ class Fingerprints:
     """Remembered hashes: hash of path, size and mtime -> hash of the content.
 
     known: mutable on purpose, it fills as files are read; paths are hashed because their names
-    may hold a patient's.
+    may hold a patient's. seen: content by path within this run, for files of many cases.
     """
 
     known: dict[str, str] = field(default_factory=dict)
+    seen: dict[Path, str] = field(default_factory=dict)
 
     def of_file(self, path: Path) -> str:
         """Raises CaseError("file_missing" or "unreadable")."""
+        if path in self.seen:
+            return self.seen[path]
         try:
             state = path.stat()
             text = f"{path.absolute()}\0{state.st_size}\0{state.st_mtime_ns}"
@@ -42,6 +45,7 @@ class Fingerprints:
             raise CaseError("file_missing", path.name) from None
         except OSError as error:
             raise CaseError("unreadable", f"{path.name}: {error.strerror}") from None
+        self.seen[path] = self.known[place]
         return self.known[place]
 
     def of_case(self, ref: CaseRef) -> tuple[str, str]:
@@ -70,10 +74,12 @@ def load_fingerprints(folder: Path) -> Fingerprints:
 def save_fingerprints(folder: Path, prints: Fingerprints) -> None:
     """Replace the remembered hashes at once. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Another process may have remembered other files meanwhile.
+    known = load_fingerprints(folder).known | prints.known
     handle, name = tempfile.mkstemp(prefix=".unfinished-", suffix=".json", dir=folder)
     try:
         with os.fdopen(handle, "w", encoding="ascii") as file:
-            json.dump(prints.known, file)
+            json.dump(known, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, folder / _FILE)

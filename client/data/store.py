@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -263,20 +264,38 @@ def _write_index(path: Path, index: dict[str, Any]) -> None:
 
 
 def _sweep(cache: Cache) -> None:
-    """Remove what processes that are gone left unfinished."""
+    """Remove what was left unfinished by processes that are gone.
+
+    A day old as well: another container's processes cannot be seen from here.
+    """
     for folder in cache.path.glob(f"{_UNFINISHED}*-*"):
         pid = folder.name.removeprefix(_UNFINISHED).partition("-")[0]
-        if not Path(f"/proc/{pid}").exists():
+        gone = not Path(f"/proc/{pid}").exists()
+        if gone and _last_used(folder) < time.time() - 86_400:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _last_used(folder: Path) -> float:
+    """Modification time; 0 where another process has just removed the folder."""
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _bytes_in(folder: Path) -> int:
+    try:
+        return sum(f.stat().st_size for f in folder.iterdir())
+    except FileNotFoundError:
+        return 0
 
 
 def _remove_oldest(cache: Cache, keep: str) -> None:
     """Remove the entries unused for longest until the rest fits in max_gb; `keep` stays."""
     entries = [p.parent for p in cache.path.glob("*/index.json") if p.parent.name != keep]
-    kept = cache.path / keep
-    total = sum(f.stat().st_size for f in kept.iterdir())
-    for folder in sorted(entries, key=lambda f: f.stat().st_mtime, reverse=True):
-        total += sum(f.stat().st_size for f in folder.iterdir())
+    total = _bytes_in(cache.path / keep)
+    for folder in sorted(entries, key=_last_used, reverse=True):
+        total += _bytes_in(folder)
         if total > cache.max_gb * 1e9:
             log.info("removing an old cache entry to stay below %.1f GB", cache.max_gb)
             shutil.rmtree(folder, ignore_errors=True)

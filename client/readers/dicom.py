@@ -11,6 +11,7 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ log = logging.getLogger(__name__)
 _BESIDE = (".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".log", ".toml", ".ini")
 _NAMES_BESIDE = ("readme", "license", "version", "lockfile", "autorun.inf", "thumbs.db")
 _MASKS = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
-_CHUNK = 32
+_CHUNK = 64
+_SCANNERS = min(4, os.cpu_count() or 1)
 _HEADER_S = 60.0
 _FILE_S = 20.0
 
@@ -91,14 +93,15 @@ def _scan(root: Path) -> tuple[list[Item], list[Quarantined]]:
             plain.append(path)
         else:
             faulty.append(Quarantined(str(path.relative_to(root)), "not_a_plain_file"))
-    for start in range(0, len(plain), _CHUNK):
-        chunk = plain[start : start + _CHUNK]
-        for path, header in zip(chunk, _headers(chunk), strict=True):
-            if "reason" in header:
-                name = str(path.relative_to(root))
-                faulty.append(Quarantined(name, header["reason"], header["detail"]))
-            else:
-                items.append(Item(path, header))
+    chunks = [plain[start : start + _CHUNK] for start in range(0, len(plain), _CHUNK)]
+    with ThreadPoolExecutor(min(_SCANNERS, max(1, len(chunks)))) as pool:
+        headers = [header for part in pool.map(_headers, chunks) for header in part]
+    for path, header in zip(plain, headers, strict=True):
+        if "reason" in header:
+            name = str(path.relative_to(root))
+            faulty.append(Quarantined(name, header["reason"], header["detail"]))
+        else:
+            items.append(Item(path, header))
     return items, faulty
 
 

@@ -192,7 +192,7 @@ def _layers(segments: Any, labels: dict[str, int]) -> NDArray[np.uint8]:
     if kind == "LABELMAP":
         return np.asarray(classes[pixels.astype(np.uint8)])
     top = int(segments.MaximumFractionalValue) if kind == "FRACTIONAL" else 1
-    inside = pixels * 2 >= top if kind == "FRACTIONAL" else pixels > 0
+    inside = pixels.astype(np.int32) * 2 >= top if kind == "FRACTIONAL" else pixels > 0
     sequence, keyword = "SegmentIdentificationSequence", "ReferencedSegmentNumber"
     numbers = [int(_macro(segments, i, sequence, keyword)) for i in range(len(pixels))]
     return np.asarray(inside.astype(np.uint8) * classes[numbers][:, np.newaxis, np.newaxis])

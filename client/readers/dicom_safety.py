@@ -22,6 +22,8 @@ _MAX_PIXEL_BYTES = 2 * 1024**3
 _MAX_COMPRESSION = 2000
 # Trailing bytes that writers add to come to an even or aligned length.
 _PADDING = 15
+# Bits a sample; 0 where the header says it.
+_PIXEL_BITS = {"PixelData": 0, "FloatPixelData": 32, "DoubleFloatPixelData": 64}
 
 
 def check_start(path: Path) -> str:
@@ -90,36 +92,36 @@ def check_pixels(dataset: Any, path: Path, *, compressed: bool) -> None:
     Raises:
         CaseError: "dicom_truncated" (too little), "dicom_pixels" (too much, or absurd).
     """
-    names = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
-    name = next((n for n in names if n in dataset), None)
+    name = next((n for n in _PIXEL_BITS if n in dataset), None)
     if name is None:
         raise CaseError("dicom_truncated", "the image has no pixel data")
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    bits = {"FloatPixelData": 32, "DoubleFloatPixelData": 64}.get(name)
-    bits = bits if bits is not None else int(dataset.BitsAllocated)
-    samples = int(dataset.get("SamplesPerPixel") or 1)
-    if min(rows, columns, frames, bits, samples) < 1:
-        raise CaseError("dicom_pixels", f"{rows} × {columns} × {frames}")
-    pixels = rows * columns * frames
-    declared = (pixels * samples * bits + 7) // 8
-    if dataset.get("PhotometricInterpretation") == "YBR_FULL_422" and not compressed:
-        # Two luminance samples share one pair of colour samples (PS3.3 C.7.6.3.1.2).
-        declared = pixels * 2 * bits // 8
-    raw = dataset.get_item(name, keep_deferred=True)
-    # Compressed pixels have no length of their own; they cannot be larger than their file.
-    present = raw.length if raw.length != 0xFFFFFFFF else path.stat().st_size
-    if not compressed and raw.value is not None:
-        present = len(raw.value)
+    declared = _declared_bytes(dataset, name, compressed=compressed)
     if declared > _MAX_PIXEL_BYTES:
         raise CaseError("dicom_pixels", f"{declared} bytes declared")
+    raw = dataset.get_item(name, keep_deferred=True)
     if compressed:
-        if declared > present * _MAX_COMPRESSION:
-            raise CaseError("dicom_pixels", f"{declared} bytes declared, {present} present")
+        # Compressed pixels have no length of their own; they cannot be larger than their file.
+        if declared > path.stat().st_size * _MAX_COMPRESSION:
+            raise CaseError("dicom_pixels", f"{declared} bytes declared in a small file")
         return
     if raw.value is None and raw.value_tell + raw.length > path.stat().st_size:
         raise CaseError("dicom_truncated", "the file ends within the pixel data")
+    present = raw.length if raw.value is None else len(raw.value)
     if present < declared:
         raise CaseError("dicom_truncated", f"{present} of {declared} bytes of pixel data")
     if present > declared + _PADDING:
         raise CaseError("dicom_pixels", f"{present} bytes of pixel data for {declared}")
+
+
+def _declared_bytes(dataset: Any, name: str, *, compressed: bool) -> int:
+    """Uncompressed size of all frames, from the header alone. Raises CaseError("dicom_pixels")."""
+    rows, columns = int(dataset.Rows), int(dataset.Columns)
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    bits = _PIXEL_BITS[name] or int(dataset.BitsAllocated)
+    samples = int(dataset.get("SamplesPerPixel") or 1)
+    if min(rows, columns, frames, bits, samples) < 1:
+        raise CaseError("dicom_pixels", f"{rows} × {columns} × {frames}")
+    if dataset.get("PhotometricInterpretation") == "YBR_FULL_422" and not compressed:
+        # Two luminance samples share one pair of colour samples (PS3.3 C.7.6.3.1.2).
+        samples = 2
+    return (rows * columns * frames * samples * bits + 7) // 8

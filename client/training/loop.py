@@ -66,9 +66,9 @@ def _train_plain(
     optimiser = make_optimiser(training, list(parameters.values()))
     precision, scaler = _precision(training, device)
     steps = steps_in_round(study, len(cases))
-    total, seen, rate = torch.zeros((), device=device), 0, 0.0
+    total, seen, rates = torch.zeros((), device=device), 0, 0.0
     for step, positions in enumerate(islice(_order(model, cases, training, plan), steps)):
-        rate = set_rate(optimiser, study, plan, step, steps)
+        rates += set_rate(optimiser, study, plan, step, steps)
         inputs, targets = fetch(positions)
         with precision:
             loss = loss_of(model(inputs), targets)
@@ -84,7 +84,7 @@ def _train_plain(
         add_correction(parameters, plan.correction)
         scaler.step(optimiser)
         scaler.update()
-    return TrainOutcome(steps, _finite(float(total) / seen, plan), rate)
+    return TrainOutcome(steps, _finite(float(total) / seen, plan), rates / steps)
 
 
 def _order(

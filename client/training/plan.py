@@ -46,7 +46,7 @@ class TrainPlan:
 @dataclass(frozen=True, slots=True)
 class TrainOutcome:
     """steps: optimiser steps done. loss: mean over the records seen, None under differential
-    privacy. learning_rate: of the last step."""
+    privacy. learning_rate: mean over the steps, so that steps · learning_rate is their sum."""
 
     steps: int
     loss: float | None

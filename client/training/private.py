@@ -62,11 +62,11 @@ def train_private(
     fetch, normal = batch_source(cases, study, plan), noise_generator(plan)
     start = {n: p.detach().clone() for n, p in parameters.items()}
     optimiser = make_optimiser(study.training, list(parameters.values()))
-    steps, rate = private_steps_in_round(study, dp.sample_rate), 0.0
+    steps, rates = private_steps_in_round(study, dp.sample_rate), 0.0
     batches = poisson_batches(len(cases), dp.sample_rate, derive(plan.seed, "sampling"))
     at_once = chunk_size(model, study.training.batch_size)
     for step, positions in enumerate(islice(batches, steps)):
-        rate = set_rate(optimiser, study, plan, step, steps)
+        rates += set_rate(optimiser, study, plan, step, steps)
         summed = _sum_over(positions, at_once, parameters, gradients_of, fetch, dp.clip)
         mean = noisy_mean(summed, dp, dp.sample_rate * len(cases), normal)
         for name, parameter in parameters.items():
@@ -74,7 +74,7 @@ def train_private(
         _add_penalty(parameters, start, plan)
         add_correction(parameters, plan.correction)
         optimiser.step()
-    return TrainOutcome(steps, None, rate)
+    return TrainOutcome(steps, None, rates / steps)
 
 
 def per_record_gradients(model: nn.Module, loss_of: Loss) -> PerRecord:

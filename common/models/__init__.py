@@ -17,6 +17,7 @@ from medfl.common.models import (
     mlp,
     resnet,
     segresnet,
+    strided_cnn,
     unet,
 )
 from medfl.common.models.entry import ModelEntry, Shape, shape_of
@@ -35,6 +36,7 @@ MODELS: dict[str, ModelEntry] = {
     "logistic": ModelEntry(logistic.build, ("image", "record"), "scores"),
     "mlp": ModelEntry(mlp.build, ("image", "record"), "scores"),
     "cnn": ModelEntry(cnn.build, ("image",), "scores"),
+    "strided_cnn": ModelEntry(strided_cnn.build, ("image",), "scores"),
     "densenet": ModelEntry(densenet.build, ("image",), "scores"),
     "densenet121": ModelEntry(densenet.build_121, ("image",), "scores"),
     "resnet10": ModelEntry(resnet.build_10, ("image",), "scores"),

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # A site's values by round, in rounds of training behind the model; None where not reported.
 Lines = Mapping[str, Sequence[tuple[int, float]]]
+# Title, the mean of a round, the sites' own lines, and rounds of training done minus the round.
+Panel = tuple[str, Callable[[Round], float | None], Lines, int]
 
 
 def forest(run: Run, metric: str) -> Markup:
@@ -128,12 +130,13 @@ def spread(run: Run, metric: str) -> Markup:
 
 def over_rounds(run: Run, metric: str | None) -> Markup | None:
     """Validation metric and training loss by rounds of training; None without any."""
-    panels: list[tuple[str, Callable[[Round], float | None], Lines]] = []
+    panels: list[Panel] = []
     if metric is not None:
         lines = _lines(run, lambda r: {n: m.get(metric) for n, m in r.site_metrics.items()})
         label = f"{words.measure(metric).label} on validation cases"
-        panels.append((label, lambda r: r.metrics.get(metric), lines))
-    panels.append(("Loss", lambda r: r.loss, _lines(run, lambda r: r.site_loss)))
+        panels.append((label, lambda r: r.metrics.get(metric), lines, -1))
+    losses = _lines(run, lambda r: r.site_loss, offset=0)
+    panels.append(("Training loss", lambda r: r.loss, losses, 0))
     panels = [p for p in panels if any(p[1](r) is not None for r in run.rounds)]
     if not panels:
         return None
@@ -141,18 +144,17 @@ def over_rounds(run: Run, metric: str | None) -> Markup | None:
     def draw(figure: Figure) -> None:
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels,
                                strict=True):  # fmt: skip
-            _panel(axes, run, *panel)
+            _panel(axes, run, panel)
 
-    return svg("rounds", (7.2 if len(panels) == 2 else 4.6, 2.9), _course(run, panels), draw)
+    return svg("rounds", (7.2, 2.9), _course(run, panels), draw)
 
 
-def _panel(
-    axes: Axes, run: Run, title: str, pick: Callable[[Round], float | None], lines: Lines
-) -> None:
+def _panel(axes: Axes, run: Run, panel: Panel) -> None:
+    title, pick, lines, offset = panel
     _background(axes, lines)
     names = ["main", *sorted({r.run for r in run.rounds} - {"main"})]
     for name, color, dash in zip(names, SERIES, DASHES, strict=False):
-        points = [(r.number - 1, v) for r in run.rounds if r.run == name
+        points = [(r.number + offset, v) for r in run.rounds if r.run == name
                   and (v := pick(r)) is not None]  # fmt: skip
         if points:
             label = "Federated model" if name == "main" else short(words.way(name))
@@ -193,9 +195,9 @@ def _lines(
     return found
 
 
-def _course(run: Run, panels: Sequence[tuple[str, Callable[[Round], float | None], Lines]]) -> str:
+def _course(run: Run, panels: Sequence[Panel]) -> str:
     parts = []
-    for title, pick, _ in panels:
+    for title, pick, *_ in panels:
         numbers = [v for r in run.rounds if r.run == "main" and (v := pick(r)) is not None]
         if numbers:
             parts.append(f"{title}: from {numbers[0]:.3f} to {numbers[-1]:.3f}")

@@ -43,11 +43,13 @@ def context(run: Run) -> dict[str, Any]:
         "round_figures": _round_figures(run),
         "task_figures": _task_figures(run),
         "pictures": _pictures(run),
+        "sides": _orientation(run) is not None,
         "shows_masks": run.study.task.kind == "segmentation",
         "privacy_words": summary.privacy_words(run),
         "privacy": tables.privacy_table(run) if run.private_sites else None,
         "privacy_figure": curves.epsilon_over_rounds(run) if run.private_sites else None,
         "data": tables.data_table(run),
+        "absent": tables.absent(run),
         "made": tables.made(run),
         "digests": tables.digest_table(run),
         "limits": summary.limits(run),
@@ -88,9 +90,12 @@ def _validation_metric(run: Run) -> str | None:
 
 
 def load_scores(run: Run, way: str | None = None) -> dict[str, Scores]:
-    """The test scores of every hospital that has them, by hospital."""
+    """The test scores of every hospital that has them, by hospital.
+
+    Pooled training has no hospitals; its scores are those of the one site `pooled`.
+    """
     names = [s.name for s in run.federated.sites]
-    paths = {n: arrays_path(run, way, n, "scores.npz") for n in names}
+    paths = {n: arrays_path(run, way, n, "scores.npz") for n in [*names, *([way] if way else [])]}
     return {n: score_files.load(path) for n, path in paths.items() if path is not None}
 
 
@@ -102,7 +107,7 @@ def _task_figures(run: Run) -> list[Figure]:
         text = (
             "Boxes hold the middle half of the test cases, whiskers 90 %; the line is the median."
         )
-        if len(ours) > MANY:
+        if len(ours) > MANY or all(len(s) < words.SMALL for s in ours.values()):
             text = "Dice over the test cases of all hospitals."
         return _present([(segmentation.dice_figure(task, ours), text, True)])
     everything = {"Federated model": score_files.concatenate(list(ours.values()))}
@@ -131,10 +136,16 @@ def _pictures(run: Run) -> list[Figure]:
     examples = [
         e for site in run.federated.sites
         if (path := arrays_path(run, None, site.name, "examples.npz")) is not None
-        for e in segmentation.read_examples(path, site.name)
+        for e in segmentation.read_examples(path, site.name, _orientation(run))
     ]  # fmt: skip
     best, worst = segmentation.best_and_worst(examples)
     return _present([
         (segmentation.pictures("best", task, best), "Among the best", True),
         (segmentation.pictures("worst", task, worst), "Among the worst", True),
     ])  # fmt: skip
+
+
+def _orientation(run: Run) -> str | None:
+    """Of a volume's axes; None for pictures, whose rows and columns are already upright."""
+    image = run.study.image
+    return image.orientation if image is not None and image.dimensions == 3 else None

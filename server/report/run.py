@@ -21,12 +21,12 @@ class SiteResult:
 
     metrics: on its test cases; None where it is undefined there (one class only, no cases).
     intervals: 95 % by resampling patients. epsilon, delta: None without differential privacy.
-    quarantined: cases left out, by reason.
+    quarantined: cases left out, by reason. n_train, n_validation: None where it did not say.
     """
 
     name: str
-    n_train: int
-    n_validation: int
+    n_train: int | None
+    n_validation: int | None
     n_test: int
     metrics: Mapping[str, float | None]
     intervals: Mapping[str, Interval | None]
@@ -49,7 +49,8 @@ class Outcome:
 class Round:
     """One line of rounds.jsonl; the metrics are those of the model *received* in this round.
 
-    run: "main" or a baseline's name. site_*: by site name.
+    The loss is that of training in this round. run: "main" or a baseline's name. site_*: by site
+    name. left_out: why, by site. void: too few answers, so the model stayed as it was.
     """
 
     run: str
@@ -59,6 +60,8 @@ class Round:
     site_metrics: Mapping[str, Mapping[str, float | None]]
     site_loss: Mapping[str, float | None]
     site_epsilon: Mapping[str, float | None]
+    left_out: Mapping[str, str]
+    void: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +126,8 @@ def _outcome(plain: Mapping[str, Any]) -> Outcome:
 def _site(plain: Mapping[str, Any]) -> SiteResult:
     return SiteResult(
         name=str(plain["name"]),
-        n_train=int(plain.get("n_train") or 0),
-        n_validation=int(plain.get("n_validation") or 0),
+        n_train=_whole(plain.get("n_train")),
+        n_validation=_whole(plain.get("n_validation")),
         n_test=int(plain.get("n_test") or 0),
         metrics=_numbers(plain.get("metrics")),
         intervals=_intervals(plain.get("intervals")),
@@ -148,7 +151,13 @@ def _rounds(path: Path) -> Iterator[Round]:
             site_metrics={s["name"]: _numbers(s.get("metrics")) for s in sites},
             site_loss={s["name"]: _number(s.get("loss")) for s in sites},
             site_epsilon={s["name"]: _number(s.get("epsilon")) for s in sites},
+            left_out={str(k): str(v) for k, v in (plain.get("left_out") or {}).items()},
+            void=bool(plain.get("void", False)),
         )
+
+
+def _whole(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 def _number(value: Any) -> float | None:

@@ -42,8 +42,14 @@ class Example:
     score: float
 
 
-def read_examples(path: Path, site: str) -> list[Example]:
-    """Read a site's examples.npz. Raises StorageError: damaged, or holding pickled objects."""
+def read_examples(path: Path, site: str, orientation: str | None = None) -> list[Example]:
+    """Read a site's examples.npz; slices of a volume are turned as radiologists see them.
+
+    orientation: of the volume that the slices come from, such as RAS; None for pictures.
+
+    Raises:
+        StorageError: damaged, or holding pickled objects.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             parts = [file[name] for name in ("image", "target", "prediction", "score")]
@@ -52,10 +58,29 @@ def read_examples(path: Path, site: str) -> list[Example]:
             f"{path}: is not a whole file of examples ({error}). Remove it and repeat the report"
         ) from None
     return [
-        Example(site, image, target, said, float(score))
+        Example(
+            site=site,
+            image=upright(image, orientation),
+            target=upright(target, orientation),
+            prediction=upright(said, orientation),
+            score=float(score),
+        )
         for image, target, said, score in zip(*parts, strict=True)
         if np.isfinite(score)
     ]
+
+
+def upright(slice_: NDArray[Any], orientation: str | None) -> NDArray[Any]:
+    """(first axis, second axis) of a volume -> (rows, columns), the patient's right on the left.
+
+    Rows run from the front (or head), columns from the patient's right; letters name where an
+    axis leads to, as nibabel's do. Anything that is no slice stays as it is.
+    """
+    if orientation is None or slice_.ndim != 2:
+        return slice_
+    away = "RAS"  # axes that lead there start at the picture's other end
+    first, second = (-1 if letter in away else 1 for letter in orientation[:2])
+    return slice_[::first, ::second].T
 
 
 def best_and_worst(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
@@ -94,7 +119,8 @@ def pictures(name: str, task: Task, examples: Sequence[Example]) -> Markup | Non
 
     told = "; ".join(f"{e.site}: {_told(task, e)}" for e in examples)
     alt = f"{len(examples)} test cases with the truth and what the model said. {told}."
-    return svg(name, (7.2, 2.15), alt, draw)
+    tallest = max(e.image.shape[0] / e.image.shape[1] for e in examples)
+    return svg(name, (7.2, 0.5 + 1.65 * min(tallest, 1.6)), alt, draw)
 
 
 def _picture(axes: Axes, task: Task, example: Example) -> None:
@@ -111,16 +137,16 @@ def _picture(axes: Axes, task: Task, example: Example) -> None:
                                  linewidths=width)  # fmt: skip
     told, site, chance = _told(task, example), short(example.site), f"{example.score:.2f}"
     # A segmentation's line ends in its Dice; a class needs the line, its chance joins the site.
-    text = f"{told}\n{site}" if example.target.ndim else f"{short(told, 28)}\n{site}, {chance}"
+    text = f"{told}\n{site}" if example.target.size > 1 else f"{short(told, 28)}\n{site}, {chance}"
     axes.set_title(text, fontsize=8, fontweight="normal")
 
 
 def _told(task: Task, example: Example) -> str:
     if example.target.ndim == 2:
         return f"Dice {words.value(DICE, example.score)}"
-    if example.target.ndim == 1:
+    if example.target.size > 1:
         return f"chance of the truth {example.score:.2f}"
-    truth, said = (_class(task, int(v)) for v in (example.target, example.prediction))
+    truth, said = (_class(task, int(v.item())) for v in (example.target, example.prediction))
     return truth if truth == said else f"{truth}, said {said}"
 
 

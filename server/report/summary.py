@@ -19,7 +19,8 @@ def verdict(run: Run, metric: str | None) -> str:
         return "On average, federated training was level with training alone"
     side = "better" if mean > 0 else "worse"
     if lost == 0 and won == compared == len(run.federated.sites):
-        return f"Every hospital scored {side} together than alone"
+        chance = "" if _apart(run, metric) else ", none by more than chance may explain"
+        return f"Every hospital scored {side} together than alone{chance}"
     whole = f"{won} of {compared} hospitals"
     return f"On average {side} together than alone; {whole} scored better"
 
@@ -137,9 +138,10 @@ def _privacy(run: Run) -> str:
 def privacy_words(run: Run) -> list[str]:
     """What ε covers and what it does not, a paragraph each; never more than was done."""
     if not run.private_sites:
+        what = "images" if run.study.image is not None else "records"
         return [
-            "No differential privacy was used. Images and records stayed at the hospitals, but "
-            "nothing bounds how much the trained model may reveal about single training patients: "
+            f"No differential privacy was used. The {what} stayed at the hospitals, but nothing "
+            "bounds how much the trained model may reveal about single training patients: "
             "treat the model's weights as confidential."
         ]
     unit = run.study.privacy.unit if run.study.privacy else "record"

@@ -12,6 +12,7 @@ from medfl.server.report.run import Outcome, Run, SiteResult
 
 # Metrics in the table by hospital that is always open; more would not fit on paper.
 COLUMNS = 4
+_MACHINE = ("device", "cpus", "workers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,7 @@ def data_table(run: Run) -> Table:
     """Cases used and left out at every hospital, small counts masked."""
     sites = run.federated.sites
     reasons = sorted({r for s in sites for r in s.quarantined})
-    columns: list[tuple[str, Callable[[SiteResult], int]]] = [
+    columns: list[tuple[str, Callable[[SiteResult], int | None]]] = [
         ("Training", lambda s: s.n_train),
         ("Validation", lambda s: s.n_validation),
         ("Test", lambda s: s.n_test),
@@ -164,6 +165,19 @@ def data_table(run: Run) -> Table:
 
 def _quarantined(reason: str) -> Callable[[SiteResult], int]:
     return lambda site: site.quarantined.get(reason, 0)
+
+
+def absent(run: Run) -> list[str]:
+    """Hospitals that refused, or whose answers were left out in some rounds, and why."""
+    refused: Mapping[str, str] = run.facts.get("refused") or {}
+    lines = [f"{site} took no part: {why}" for site, why in refused.items()]
+    found: dict[tuple[str, str], int] = {}
+    for line in run.rounds:
+        for site, why in line.left_out.items() if line.run == "main" else ():
+            found[site, why] = found.get((site, why), 0) + 1
+    for (site, why), n in sorted(found.items()):
+        lines.append(f"{site} was left out of {_plural(n, 'round')}: {why}")
+    return lines
 
 
 def made(run: Run) -> list[tuple[str, str]]:
@@ -183,9 +197,9 @@ def made(run: Run) -> list[tuple[str, str]]:
         ("Traffic", f"{words.size(per_round)} a round, all hospitals together"),
         ("Duration", words.duration(facts.get("seconds"))),
         ("Date", str(facts.get("date", words.NONE))),
-        ("Versions", ", ".join(f"{k} {environment[k]}" for k in ("medfl", "torch", "flwr", "python")
+        ("Versions", ", ".join(f"{k} {environment[k]}" for k in environment if k not in _MACHINE
                                if environment.get(k))),
-        ("Machine", ", ".join(f"{k} {environment[k]}" for k in ("device", "cpus", "workers")
+        ("Machine", ", ".join(f"{k} {environment[k]}" for k in _MACHINE
                               if environment.get(k) is not None)),
     ]  # fmt: skip
     return [(what, text) for what, text in lines if text]
@@ -194,6 +208,8 @@ def made(run: Run) -> list[tuple[str, str]]:
 def _rounds(run: Run) -> str:
     rounds, chosen = run.facts.get("rounds"), run.facts.get("selected_round")
     how = run.study.federation
+    void = sum(r.void for r in run.rounds if r.run == "main")
+    rounds = f"{rounds} ({void} void, with too few answers)" if void else rounds
     if chosen is None:
         return str(rounds)
     why = f"best {words.measure(how.best_metric or '').label}" if how.keep == "best" else "the last"

@@ -81,16 +81,23 @@ def interval(name: str, pair: Interval | None) -> str:
     return "" if pair is None else f"{value(name, pair[0])}–{value(name, pair[1])}"
 
 
-def count(n: int) -> str:
-    """A count with small ones masked: 0, <5, 17, 1,204."""
+def count(n: int | None) -> str:
+    """A count with small ones masked: 0, <5, 17, 1,204; a dash where it was not told."""
+    if n is None:
+        return NONE
     return f"<{SMALL}" if 0 < n < SMALL else f"{n:,}"
 
 
-def total(counts: Iterable[int]) -> str:
+def total(counts: Iterable[int | None]) -> str:
     """A sum that does not reveal a masked part: masked counts are at least 1, so "more than"."""
     numbers = list(counts)
-    seen = sum(n for n in numbers if not 0 < n < SMALL)
-    return f"{seen:,}" if seen == sum(numbers) else f"more than {seen:,}"
+    if all(n is None for n in numbers):
+        return NONE
+    visible = [n for n in numbers if n is not None and not 0 < n < SMALL]
+    seen = f"{sum(visible):,}"
+    if not sum(visible) and len(visible) < len(numbers) and None not in numbers:
+        return f"at most {(SMALL - 1) * (len(numbers) - len(visible)):,}"
+    return seen if len(visible) == len(numbers) else f"more than {seen}"
 
 
 def shows_metrics(site: SiteResult) -> bool:

@@ -23,7 +23,7 @@ def make_hospitals(folder: Path, *, seed: int = 0, small: bool = False) -> list[
     for hospital in HOSPITALS:
         place = folder / "segmentation" / hospital.name
         ct.write(hospital, place, seed=seed, small=small)
-        sites.append(tables.write_site(hospital, hospital.ct.table, place))
+        sites.append(tables.write_site(hospital, hospital.ct.table, place, hospital.ct_privacy))
     for hospital in HOSPITALS:
         place = folder / "classification" / hospital.name
         xray.write(hospital, place, seed=seed, small=small)

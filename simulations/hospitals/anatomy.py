@@ -132,14 +132,14 @@ def chest(rng: np.random.Generator, shape: tuple[int, int], opacity: bool) -> Fl
         top, left = int(0.06 * shape[0]), int(rng.choice([0.05, 0.88]) * shape[1])
         image[top : top + 5, left : left + 4] = 1.0
     image = rng.uniform(0.8, 1.1) * image + rng.uniform(0.0, 0.08)
-    return np.clip(image + rng.normal(0, 0.035, shape), 0.0, 1.0)
+    return np.clip(image + rng.normal(0, 0.03, shape), 0.0, 1.0)
 
 
 def _opacity(rng: np.random.Generator, x: Floats, y: Floats) -> Floats:
     """A blurred patch in the left or right lung, 0.2 to 0.4 above the lung."""
     side = rng.choice([-1, 1])
     cx, cy = side * rng.uniform(0.36, 0.52), rng.uniform(-0.45, 0.35)
-    width, height = rng.uniform(0.14, 0.26, 2)
+    width, height = rng.uniform(0.15, 0.26, 2)
     patch = np.exp(-(((x - cx) / width) ** 2) - ((y - cy) / height) ** 2)
     return np.asarray(rng.uniform(0.2, 0.4) * patch)
 

@@ -195,7 +195,8 @@ def _stray_text_file(folder: Path, row: tables.Row) -> list[tables.Row]:
 def _duplicate_series(folder: Path, row: tables.Row) -> list[tables.Row]:
     """The same files once more, as an archive keeps them after a second transfer."""
     source, copy = folder / "images" / row["image"], f"{row['image']}-2"
-    shutil.copytree(source, folder / "images" / copy, copy_function=shutil.copyfile)
+    target = folder / "images" / copy
+    shutil.copytree(source, target, copy_function=shutil.copyfile, dirs_exist_ok=True)
     return [{**row, "case": f"{row['case']}-2", "image": copy}]
 
 

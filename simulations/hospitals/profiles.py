@@ -87,13 +87,14 @@ class Xray:
 
 @dataclass(frozen=True, slots=True)
 class Hospital:
-    """One hospital. number: pattern of its patient numbers. privacy: (epsilon, delta) or None."""
+    """One hospital. number: pattern of its patient numbers. ct_privacy: (epsilon, delta) or None;
+    the X-ray folder has none, because so few images learn nothing under its noise."""
 
     name: str
     institution: str
     number: str
     families: tuple[str, ...]
-    privacy: tuple[float, float] | None
+    ct_privacy: tuple[float, float] | None
     ct: Ct
     xray: Xray
 
@@ -103,7 +104,7 @@ ST_MARIEN = Hospital(
     institution="Krankenhaus St. Marien",
     number="00{:05d}",  # Read as a number, the zeros would be lost.
     families=("Muster", "Beispiel", "Schmidt", "Weber", "Fischer"),
-    privacy=None,
+    ct_privacy=None,
     ct=Ct(
         cases=16,
         small_cases=8,
@@ -168,7 +169,7 @@ RIVERSIDE = Hospital(
     institution="Riverside General Hospital",
     number="MRN{:06d}",
     families=("Sample", "Doe", "Example", "Brown", "Walker"),
-    privacy=(8.0, 1e-3),
+    ct_privacy=(8.0, 1e-3),
     ct=Ct(
         cases=20,
         small_cases=16,
@@ -221,7 +222,7 @@ HOPITAL_NORD = Hospital(
     institution="Hôpital Nord",
     number="NIP-{:05d}",
     families=("Exemple", "Martin", "Durand", "Lefèvre", "Moreau"),
-    privacy=None,
+    ct_privacy=None,
     ct=Ct(
         cases=14,
         small_cases=8,

@@ -30,8 +30,10 @@ def write(table: Table, folder: Path, rows: Sequence[Row]) -> None:
         lines.writerows([row[key] for key in table.columns] for row in rows)
 
 
-def write_site(hospital: Hospital, table: Table, folder: Path) -> Path:
-    """Write site.toml next to the table; returns its path."""
+def write_site(
+    hospital: Hospital, table: Table, folder: Path, privacy: tuple[float, float] | None = None
+) -> Path:
+    """Write site.toml next to the table; returns its path. privacy: (epsilon, delta)."""
     quoted = json.dumps  # TOML's basic strings are JSON's, for text without control characters.
     columns = ", ".join(f"{key} = {quoted(name)}" for key, name in table.columns.items())
     lines = [
@@ -55,8 +57,8 @@ def write_site(hospital: Hospital, table: Table, folder: Path) -> Path:
         ]
     if "mask" in table.columns:
         lines.append('masks = "masks"')
-    if hospital.privacy is not None:
-        epsilon, delta = hospital.privacy
+    if privacy is not None:
+        epsilon, delta = privacy
         lines += [
             "",
             "# This hospital trains under differential privacy, whatever the study asks.",

@@ -15,10 +15,12 @@ from pydicom.dataset import Dataset
 from pydicom.uid import EnhancedMRImageStorage, generate_uid
 
 from medfl.client.data.cases import Found, Picture
+from medfl.client.data.cohort import build_cohort
 from medfl.client.readers import READERS
 from medfl.common.errors import CaseError
+from medfl.common.site import Cache
 from medfl.common.source import DataSource
-from medfl.common.study import ImageInput, Study
+from medfl.common.study import ImageInput, Quality, Study
 
 Make = Callable[..., Dataset]
 Save = Callable[[Dataset, Path], Path]
@@ -225,6 +227,8 @@ def test_a_lost_slice_a_second_volume_and_a_stray_direction_are_reported(
         if i == 2:
             ds.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
         save(ds, tmp_path / "stray" / f"{i}.dcm")
+        ds = dicom_slice(position=(0, 0, 5 * i), PixelSpacing=[2.0, 0.5 + 0.1 * (i == 1)])
+        save(ds, tmp_path / "spacing" / f"{i}.dcm")
         ds = dicom_slice(position=(0, 0, 5 * i))
         del ds.ImageOrientationPatient
         save(ds, tmp_path / "lost" / f"{i}.dcm")
@@ -232,6 +236,7 @@ def test_a_lost_slice_a_second_volume_and_a_stray_direction_are_reported(
         "gap": "slice_gap",
         "again": "several_volumes",
         "stray": "mixed_geometry",
+        "spacing": "mixed_geometry",
         "lost": "no_orientation",
     }
     for name, reason in expected.items():
@@ -295,6 +300,20 @@ def test_copies_are_passed_over_but_two_contents_of_one_uid_are_set_aside(
     assert sorted(q.reason for q in found.quarantined) == ["duplicate", "uid_conflict"]
 
 
+def exam(make: Make, uid: str, number: int) -> list[Dataset]:
+    """Four slices of a patient, complete enough for highdicom to refer to them."""
+    slices = []
+    for k in range(4):
+        pixels = np.arange(12, dtype=np.int16).reshape(3, 4) + 10 * k + 100 * number
+        ds = make(pixels, position=(10.0, 20.0, 30.0 + 5 * k), series=uid, PatientID=f"p{number}")
+        for name in ("PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID"):
+            setattr(ds, name, "")
+        ds.FrameOfReferenceUID, ds.SliceThickness = "1.2.9", 5.0
+        ds.StudyDate = ds.StudyTime = ds.ReferringPhysicianName = ""
+        slices.append(ds)
+    return slices
+
+
 def segment(source: list[Dataset], mask: Any, fractional: bool = False) -> Dataset:
     import highdicom as hd
     from pydicom.sr.codedict import codes
@@ -327,14 +346,8 @@ def segment(source: list[Dataset], mask: Any, fractional: bool = False) -> Datas
 def test_a_dicom_seg_comes_back_where_it_was_drawn(
     tmp_path: Path, dicom_slice: Make, save: Save, volumes: Study, fractional: bool
 ) -> None:
-    slices = []
-    for k in range(4):
-        ds = dicom_slice(position=(10.0, 20.0, 30.0 + 5 * k), FrameOfReferenceUID="1.2.9")
-        for name in ("PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID"):
-            setattr(ds, name, "")
-        ds.SliceThickness = 5.0
-        ds.StudyDate = ds.StudyTime = ds.ReferringPhysicianName = ""
-        slices.append(ds)
+    slices = exam(dicom_slice, "1.2.3", 0)
+    for k, ds in enumerate(slices):
         save(ds, tmp_path / f"{9 - k}.dcm")
     mask = np.zeros((4, 3, 4), dtype=np.float64 if fractional else np.uint8)
     mask[1, 2, 3] = mask[2, 0, 1] = 1
@@ -347,6 +360,45 @@ def test_a_dicom_seg_comes_back_where_it_was_drawn(
     assert set(np.unique(read.array)) == {0, 1}
     image = dicom.load(found.cases[0], volumes)
     assert read.array.shape == image.array.shape[1:]
+
+
+def test_series_with_segmentations_become_a_cohort(
+    tmp_path: Path, dicom_slice: Make, save: Save, study: Callable[..., Study]
+) -> None:
+    for patient in range(3):
+        slices = exam(dicom_slice, f"1.2.{patient}", patient)
+        for k, ds in enumerate(slices):
+            save(ds, tmp_path / str(patient) / f"{k}.dcm")
+        mask = np.zeros((4, 3, 4), dtype=np.uint8)
+        mask[patient, 0, 0] = 1
+        if patient < 2:
+            save(segment(slices, mask), tmp_path / "seg" / f"{patient}.dcm")
+    rule = study(
+        "segmentation",
+        image=ImageInput(dimensions=3, size=[4, 3, 4], orientation="LPS", intensity="none"),
+        quality=Quality(max_quarantined=0.5),
+    )
+    source = DataSource(format="dicom", path=tmp_path)
+    cohort = build_cohort(source, rule, cache=Cache(path=tmp_path / "cache"))
+    assert [q.reason for q in cohort.quarantined] == ["mask_missing"]
+    found = sorted(np.argwhere(np.asarray(m)).tolist()[0] for m in cohort.targets)  # type: ignore[union-attr]
+    assert found == [[0, 0, 0], [0, 0, 1]]
+    assert np.asarray(cohort.inputs).shape == (2, 1, 4, 3, 4)
+
+
+def test_a_seg_of_one_slice_serves_a_study_in_two_dimensions(
+    tmp_path: Path, dicom_slice: Make, save: Save, planes: Study
+) -> None:
+    slices = exam(dicom_slice, "1.2.3", 0)
+    for k, ds in enumerate(slices):
+        save(ds, tmp_path / f"{k}.dcm")
+    mask = np.zeros((4, 3, 4), dtype=np.uint8)
+    mask[1, 2, 3] = mask[2, 0, 0] = 1
+    save(segment(slices, mask), tmp_path / "seg.dcm")
+    drawn = {}
+    for ref in find(tmp_path, planes).cases:
+        drawn[ref.files[0].name] = np.argwhere(dicom.load_mask(ref, planes).array).tolist()
+    assert drawn == {"0.dcm": [], "1.dcm": [[2, 3]], "2.dcm": [[0, 0]], "3.dcm": []}
 
 
 def test_a_seg_on_another_grid_is_refused(

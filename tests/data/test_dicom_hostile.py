@@ -161,9 +161,7 @@ def test_a_dicomdir_that_points_outside_is_reported_and_not_followed(
     assert reasons(tmp_path / "disc", planes) == ["path_outside"]
 
 
-def test_a_table_cannot_lead_out_of_the_folder(
-    tmp_path: Path, study: Callable[..., Study]
-) -> None:
+def test_a_table_cannot_lead_out_of_the_folder(tmp_path: Path, study: Callable[..., Study]) -> None:
     import nibabel
 
     volume = nibabel.Nifti1Image(np.ones((2, 2, 2), dtype=np.uint8), np.eye(4))
@@ -217,9 +215,9 @@ def test_one_bad_file_takes_no_good_one_with_it(
 
 def test_a_reader_that_takes_too_long_is_ended() -> None:
     started = time.monotonic()
+    sandbox.close()
     with pytest.raises(CaseError, match="dicom_worker"):
         # 0 seconds: not even a new process can have answered.
-        sandbox.close()
         sandbox.ask({"command": "headers", "files": []}, timeout_s=0.0)
     assert time.monotonic() - started < 5
 

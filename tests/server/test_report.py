@@ -79,6 +79,7 @@ def make_run(folder: Path, made: Made, seed: int = 3) -> dict[str, Any]:
         "study": study.name, "title": study.title, "digest": study.digest,
         "task": asdict(study.task), "strategy": "fedavg", "seed": 7, "rounds": 12,
         "seconds": 312.4, "date": "2026-11-22", "selected_round": 12, **main,
+        "refused": {"hospital-99": "fewer cases than its policy asks for"},
         "baselines": {
             name: _outcome(folder / "baselines" / name, study, made, names, rng, skill)
             for name, skill in skills.items()
@@ -145,7 +146,7 @@ def _write_rounds(
     metric = "dice" if study.task.kind == "segmentation" else "auroc"
     start = 0.1 if metric == "dice" else 0.5
     levels = {name: rng.uniform(0.83, 0.95) for name in names}
-    lines = []
+    lines, absent = [], {names[0]: "the update has no finite norm"}
     for run, top in {"main": 1.0, "fedprox": 0.97}.items():
         for r in range(1, 14):
             grown = 1 - np.exp(-(r - 1) / 3)
@@ -159,7 +160,8 @@ def _write_rounds(
             mean = float(np.mean([s["metrics"][metric] for s in sites]))  # type: ignore[index]
             loss = float(np.mean([s["loss"] for s in sites]))
             lines.append({"run": run, "round": r, "seconds": 9.5, "metrics": {metric: mean},
-                          "loss": loss, "sites": sites, "bytes_up": 1})  # fmt: skip
+                          "loss": loss, "sites": sites, "bytes_up": 1,
+                          "left_out": absent if r == 3 else {}})  # fmt: skip
     (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -175,8 +177,9 @@ def _write_examples(folder: Path, made: Made, names: list[str], rng: np.random.G
             )
             grey = 35 + 75 * body + 60 * (truth > 0) + rng.normal(0, 12, y.shape)
             images.append(np.clip(grey, 0, 255).astype(np.uint8))
-            targets.append(truth if made.kind == "segmentation" else rng.integers(0, 2))
-            said.append(model if made.kind == "segmentation" else rng.integers(0, 2))
+            masks = made.kind == "segmentation"
+            targets.append(truth if masks else rng.integers(0, 2, 1))
+            said.append(model if masks else rng.integers(0, 2, 1))
         np.savez_compressed(
             folder / "sites" / name / "examples.npz", image=np.stack(images),
             target=np.stack(targets), prediction=np.stack(said), score=rng.uniform(0.3, 0.97, 4),
@@ -329,7 +332,7 @@ def test_a_hostile_title_and_class_name_are_text_and_nothing_else(
     assert "<script" not in report.html
     assert "<img" not in report.html
     assert HOSTILE in report.page.text
-    assert report.page.text.count("style=\"x: y\" id=\"z") >= 2
+    assert report.page.text.count('style="x: y" id="z') >= 2
     assert "<script" not in report.card
     assert "<img" not in report.card
     front = report.card.split("---\n")[1]
@@ -368,6 +371,7 @@ def test_without_privacy_the_page_says_so_plainly(rendered: Callable[[str], Repo
     report = rendered("alone")
     assert "No differential privacy was used." in report.page.text
     assert "ε covers" not in report.page.text
+    assert "nothing bounds how much" in report.page.text
     assert "Pooled training" not in report.page.text
 
 
@@ -384,6 +388,11 @@ def test_forty_hospitals_show_the_best_and_worst_ten_and_all_in_the_table(
     assert between
     assert not between & set(drawn)
     assert len(report.html) < 600_000
+
+
+def test_hospitals_that_were_absent_are_named_with_the_reason(report: Report) -> None:
+    assert "hospital-99 took no part: fewer cases than its policy asks for" in report.page.text
+    assert "hospital-01 was left out of 1 round: the update has no finite norm" in report.page.text
 
 
 def test_the_same_files_give_the_same_bytes(rendered: Callable[[str], Report]) -> None:

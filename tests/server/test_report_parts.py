@@ -12,7 +12,7 @@ from medfl.common.study import Task
 from medfl.server.report import words
 from medfl.server.report.classification import confusion, reliability, roc
 from medfl.server.report.plot import inline, svg
-from medfl.server.report.segmentation import Example, best_and_worst
+from medfl.server.report.segmentation import Example, best_and_worst, upright
 from medfl.server.report.write import markdown_text
 
 
@@ -24,6 +24,7 @@ def test_small_counts_are_masked(n: int, text: str) -> None:
 def test_a_total_with_a_masked_part_names_only_what_is_visible() -> None:
     assert words.total([10, 20]) == "30"
     assert words.total([10, 3, 20]) == "more than 30"
+    assert words.total([3, 2, 0]) == "at most 8"
 
 
 @pytest.mark.parametrize("spent", [0.001, 1.0, 2.345, 2.3451, 7.999])
@@ -37,6 +38,22 @@ def test_less_distance_is_a_gain_and_less_dice_is_a_loss() -> None:
     assert words.gained("dice_liver", 0.8001, 0.8004) == 0
     assert words.gained("brier", 0.3, 0.2) == -1
     assert words.gained("dice", None, 0.2) is None
+
+
+def test_a_count_that_was_not_told_is_a_dash_and_opens_the_total() -> None:
+    assert words.count(None) == "–"
+    assert words.total([10, None]) == "more than 10"
+    assert words.total([None, None]) == "–"
+
+
+def test_an_axial_slice_has_the_front_on_top_and_the_patients_right_on_the_left() -> None:
+    volume_slice = np.zeros((3, 4), dtype=np.uint8)  # RAS: axis 0 leads right, axis 1 to the front
+    volume_slice[2, 3] = 1  # far right, far front
+    picture = upright(volume_slice, "RAS")
+    assert picture.shape == (4, 3)
+    assert picture[0, 0] == 1
+    assert upright(volume_slice, "LPS")[3, 2] == 1
+    assert upright(volume_slice, None) is volume_slice
 
 
 def test_durations_and_sizes_read_naturally() -> None:

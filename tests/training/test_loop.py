@@ -125,8 +125,8 @@ def test_warm_up_reaches_the_full_rate_with_its_last_step(make_study) -> None:
 def test_the_rate_moves_within_a_round(make_study, make_cases) -> None:
     study = make_study(features=2, schedule="linear", learning_rate=1.0, local_steps=4)
     outcome = train(logistic(study), make_cases(*TWO), study, SHARED, replace(PLAN, rounds=2))
-    # Step 4 of 4 in round 1 of 2 begins after 3/8 of everything.
-    assert outcome.learning_rate == pytest.approx(1 - 3 / 8)
+    # The four steps of round 1 of 2 begin after 0, 1/8, 2/8 and 3/8 of everything.
+    assert outcome.learning_rate == pytest.approx(1 - (0 + 1 + 2 + 3) / 8 / 4)
 
 
 AUGMENT = [{"name": "flip"}, {"name": "affine"}, {"name": "gaussian_noise"}]

@@ -14,7 +14,7 @@ from medfl.common import tensors
 from medfl.common.errors import ConfigError, FederationError, StorageError
 from medfl.common.models import MODELS, build_model, model_faults
 from medfl.common.models.dp_fit import dp_fit
-from medfl.common.models.norms import groups_for, has_batch_norm
+from medfl.common.models.norms import groups_for, has_batch_norm, normalisation_names
 from medfl.common.models.weights import get_weights, set_weights
 from medfl.common.statistics import Shared
 
@@ -113,6 +113,24 @@ def test_batch_norm_is_there_only_when_asked_for(make_study) -> None:
     assert not has_batch_norm(plain)
     assert has_batch_norm(build_model(asked, SHARED, seed=0))
     assert not has_batch_norm(build_model(asked, PRIVATE, seed=0))
+
+
+def test_normalisation_layers_are_named_with_their_running_statistics(make_study) -> None:
+    batch = build_model(
+        make_study("cnn", options={"channels": [4], "norm": "batch"}), SHARED, seed=0
+    )
+    assert normalisation_names(batch) == [
+        "1.weight",
+        "1.bias",
+        "1.running_mean",
+        "1.running_var",
+        "1.num_batches_tracked",
+    ]
+    group = build_model(
+        make_study("cnn", options={"channels": [4], "norm": "group"}), SHARED, seed=0
+    )
+    assert normalisation_names(group) == ["1.weight", "1.bias"]
+    assert normalisation_names(build_model(make_study("cnn"), SHARED, seed=0)) == []
 
 
 def test_groups_divide_the_channels_and_hold_four_where_possible() -> None:

@@ -1,0 +1,88 @@
+"""Cases whose label, record and split are sound, before any picture is read."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medfl.client.data.cases import CaseRef, Found, Quarantined, Split
+from medfl.client.data.fingerprints import Fingerprints
+from medfl.client.data.labels import class_target, record_of
+from medfl.client.data.splits import split_name
+from medfl.common.errors import CaseError
+from medfl.common.source import DataSource
+from medfl.common.study import Study
+
+Target = int | NDArray[np.float32] | None
+Record = Mapping[str, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A case whose label or record is sound, before its picture is read.
+
+    content: fingerprint of picture, mask or record. position: place in the reader's list.
+    """
+
+    ref: CaseRef
+    key: str
+    content: str
+    position: int
+    target: Target
+    record: Record | None
+    given: Split | None
+
+
+def choose(
+    found: Found, source: DataSource, study: Study, prints: Fingerprints, site_key: bytes
+) -> tuple[list[Candidate], list[Quarantined]]:
+    """Cases with a sound label, record and split; copies of one picture are left out."""
+    candidates: list[Candidate] = []
+    faulty: list[Quarantined] = []
+    pictures: set[str] = set()
+    for position, ref in enumerate(found.cases):
+        try:
+            candidate = _candidate(ref, position, source, study, site_key)
+            if study.image is not None:
+                picture, content = prints.of_case(ref)
+                if picture in pictures:
+                    raise CaseError("duplicate")
+                pictures.add(picture)
+                candidate = replace(candidate, content=content)
+            candidates.append(candidate)
+        except CaseError as error:
+            faulty.append(Quarantined(ref.case_id, error.reason, error.detail))
+    return candidates, faulty
+
+
+def _candidate(
+    ref: CaseRef, position: int, source: DataSource, study: Study, site_key: bytes
+) -> Candidate:
+    segmentation = study.task.kind == "segmentation"
+    if segmentation and not ref.mask_files:
+        raise CaseError("mask_missing")
+    record: Record | None = None
+    content = ""
+    if study.record is not None:
+        record = record_of(ref, source, study.record.features)
+        if study.record.missing == "drop" and None in record.values():
+            raise CaseError("incomplete_record")
+        content = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    target = None if segmentation else class_target(ref, source, study)
+    given = None
+    if study.evaluation.split == "given" and ref.fields.get("split"):
+        given = split_name(ref.fields["split"])
+    key = hashed(site_key, "case", ref.case_id)
+    return Candidate(ref, key, content, position, target, record, given)
+
+
+def hashed(site_key: bytes, kind: str, name: str) -> str:
+    """Keyed hash (hex) of a case's or patient's name; cannot be guessed without the site's key."""
+    text = f"{kind}\0{name}".encode("utf-8", "surrogateescape")
+    return hmac.new(site_key, text, hashlib.sha256).hexdigest()[:32]

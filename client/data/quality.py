@@ -1,0 +1,52 @@
+"""What a study's [quality] table refuses, and what a hospital should look at, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from medfl.client.data.cases import Cohort, Quarantined
+from medfl.client.data.reasons import BLOCKING, KEPT, NOT_FAULTY, REASONS
+from medfl.common.study import Study
+
+
+def quality_faults(usable: int, quarantined: Sequence[Quarantined], study: Study) -> list[str]:
+    """What the study's [quality] table refuses, one message each, with counts and remedies."""
+    counts = Counter(q.reason for q in quarantined)
+    faults = [
+        f"{counts[r]} cases block the study. {REASONS[r]}" for r in sorted(BLOCKING & {*counts})
+    ]
+    faulty = sum(n for reason, n in counts.items() if reason not in NOT_FAULTY)
+    limit = study.quality.max_quarantined
+    if faulty > limit * (usable + faulty):
+        faults.append(
+            f"{faulty} of {usable + faulty} cases cannot be used; the study allows {limit:.0%}.\n"
+            f"{explained(counts)}\n{KEPT}"
+        )
+    if usable < study.quality.min_cases:
+        reasons = f"\n{explained(counts)}\n{KEPT}" if counts else ""
+        faults.append(
+            f"{usable} usable cases; the study needs {study.quality.min_cases}. "
+            f"Check `path` and `table` in site.toml.{reasons}"
+        )
+    return faults
+
+
+def explained(counts: Mapping[str, int]) -> str:
+    """One line a reason, most frequent first."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return "\n".join(f"  {n} × {reason}: {REASONS[reason]}" for reason, n in ranked)
+
+
+def notes_on(cohort: Cohort, study: Study) -> tuple[str, ...]:
+    notes = []
+    if study.task.kind != "segmentation" and not study.task.multi_label and cohort.cases:
+        present = np.unique(np.asarray(cohort.targets))
+        if len(present) == 1:
+            notes.append("All usable cases are of one class; that is allowed, but look at it.")
+    for part in ("train", "test"):
+        if cohort.cases and not any(c.split == part for c in cohort.cases):
+            notes.append(f"No case is in the {part} part.")
+    return tuple(notes)

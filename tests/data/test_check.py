@@ -1,0 +1,256 @@
+"""`medfl-client check` tells a hospital what its data are worth, and tells nobody else anything."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+from medfl.client.cli import main
+from medfl.client.data.check import check
+from medfl.client.data.check_page import COLOURS, picture
+from medfl.common.site import load_site
+from medfl.common.study import load_study
+
+STUDY = """
+name = "nodules"
+[task]
+kind = "segmentation"
+classes = ["background", "nodule"]
+[image]
+dimensions = 3
+size = [8, 8, 8]
+[model]
+name = "unet"
+[training]
+local_steps = 1
+[federation]
+rounds = 1
+[quality]
+max_quarantined = 0.5
+"""
+
+
+@pytest.fixture
+def hospital(tmp_path: Path) -> Path:
+    """A folder with site.toml, study.toml, six good volumes and one without a readable header."""
+    for part in ("imagesTr", "labelsTr"):
+        (tmp_path / "data" / part).mkdir(parents=True)
+    for i in range(6):
+        volume = np.random.default_rng(i).normal(size=(8, 8, 8)).astype(np.float32)
+        mask = np.zeros((8, 8, 8), dtype=np.uint8)
+        mask[2:5, 2:5, 2:5] = 1
+        for part, array in (("imagesTr", volume), ("labelsTr", mask)):
+            place = tmp_path / "data" / part / f"Smith_{i}.nii.gz"
+            nibabel.save(nibabel.Nifti1Image(array, np.diag([1, 1, 2.5, 1])), place)
+    (tmp_path / "data" / "imagesTr" / "Jones.nii.gz").write_bytes(b"broken")
+    site = 'name = "st-marys"\n[data]\nformat = "decathlon"\npath = "data"\n'
+    (tmp_path / "site.toml").write_text(site)
+    (tmp_path / "study.toml").write_text(STUDY)
+    return tmp_path
+
+
+def command(hospital: Path, *more: str) -> list[str]:
+    return ["check", str(hospital / "site.toml"), "--study", str(hospital / "study.toml"), *more]
+
+
+def test_the_check_counts_what_is_there(hospital: Path) -> None:
+    result = check(load_site(hospital / "site.toml"), load_study(hospital / "study.toml"))
+    assert result.usable == 6
+    assert sum(result.cases.values()) == sum(result.patients.values()) == 6
+    assert [(item.reason, item.cases, item.faulty) for item in result.left_out] == [
+        ("unreadable", 1, True)
+    ]
+    # A mask has 27 voxels of nodule.
+    assert sum(part["nodule"] for part in result.classes.values()) == 6 * 27
+    assert result.pictures is not None
+    assert [r.median for r in result.pictures.spacing_mm] == [1.0, 1.0, 2.5]
+    assert [r.high for r in result.pictures.sizes] == [8, 8, 8]
+    assert re.fullmatch("[0-9a-f]{64}", result.digest)
+    assert result.exit_code == 0
+
+
+def test_json_goes_to_stdout_and_names_nobody(
+    hospital: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(hospital, "--json")) == 0
+    out = capsys.readouterr().out
+    plain = json.loads(out)
+    assert plain["usable"] == 6
+    assert plain["left_out"][0]["reason"] == "unreadable"
+    assert "Smith" not in out
+    assert "Jones" not in out
+
+
+def test_the_text_says_what_to_do(hospital: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(hospital)) == 0
+    captured = capsys.readouterr()
+    assert "6 usable cases" in captured.out
+    assert "Export it again" in captured.out
+    assert "every file stays as it is" in captured.out
+    assert "Smith" not in captured.out + captured.err
+
+
+def test_too_much_bad_data_is_exit_code_3_and_has_no_digest(
+    hospital: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = hospital / "study.toml"
+    study.write_text(STUDY.replace("0.5", "0.1"))
+    assert main(command(hospital, "--json")) == 3
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["digest"] == ""
+    assert "1 of 7 cases" in plain["faults"][0]
+
+
+def test_the_hospitals_policy_wins(hospital: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (hospital / "site.toml").open("a") as file:
+        file.write('[policy]\nmin_cases = 100\ntasks = ["risk"]\n')
+    assert main(command(hospital)) == 5
+    out = capsys.readouterr().out
+    assert "does not allow the task segmentation" in out
+    assert "policy asks for 100" in out
+
+
+def test_faults_in_files_are_exit_code_2(
+    hospital: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (hospital / "study.toml").write_text(STUDY.replace("[task]", "[tusk]"))
+    assert main(command(hospital)) == 2
+    assert "tusk" in capsys.readouterr().err
+
+
+def test_absent_data_are_exit_code_3(hospital: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (hospital / "data").rename(hospital / "elsewhere")
+    assert main(command(hospital)) == 3
+    assert "site.toml" in capsys.readouterr().err
+
+
+def test_the_page_stands_alone_and_names_nobody(hospital: Path) -> None:
+    page = hospital / "check.html"
+    assert main(command(hospital, "--html", str(page))) == 0
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 6
+    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "Smith" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert page.stat().st_mode & 0o077 == 0
+
+
+def test_the_page_escapes_what_hospitals_write(hospital: Path) -> None:
+    study = hospital / "study.toml"
+    study.write_text(STUDY.replace('"nodule"', '"<script>"'))
+    page = hospital / "check.html"
+    assert main(command(hospital, "--html", str(page))) == 0
+    assert "<script>" not in page.read_text()
+
+
+def test_the_list_of_left_out_cases_is_for_the_hospital_only(hospital: Path) -> None:
+    path = hospital / "left.csv"
+    assert main(command(hospital, "--left-out", str(path))) == 0
+    lines = path.read_text().splitlines()
+    assert lines[0] == "case,reason,detail"
+    assert lines[1].startswith("Jones,unreadable")
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_page_that_cannot_be_written_is_exit_code_7(hospital: Path) -> None:
+    assert main(command(hospital, "--html", str(hospital / "no" / "where.html"))) == 7
+
+
+def test_check_changes_no_file_of_the_hospital(hospital: Path) -> None:
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in hospital.rglob("*.nii.gz")}
+    main(command(hospital))
+    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in hospital.rglob("*.nii.gz")} == before
+
+
+def test_records_are_counted_by_field(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.csv").write_text("id,age,y\n1,40,no\n2,?,yes\n3,400,yes\n4,50,no\n")
+    (tmp_path / "site.toml").write_text(
+        'name = "a"\n[data]\nformat = "table"\npath = "t.csv"\n'
+        '[data.columns]\ncase = "id"\nlabel = "y"\n'
+    )
+    (tmp_path / "study.toml").write_text(
+        'name = "r"\n[task]\nkind = "risk"\nclasses = ["no", "yes"]\n'
+        '[record]\n[[record.features]]\nname = "age"\nrange = [0, 120]\n'
+        '[model]\nname = "any"\n[training]\nlocal_steps = 1\n[federation]\nrounds = 1\n'
+    )
+    assert main(command(tmp_path, "--json")) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["features"] == [{"name": "age", "missing": 1, "implausible": 1}]
+    assert plain["left_out"][0]["reason"] == "incomplete_record"
+
+
+def test_one_class_only_is_allowed_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 255, (8, 8), dtype=np.uint8)
+        (tmp_path / "data" / "yes").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "data" / "yes" / f"{i}.png")
+    (tmp_path / "site.toml").write_text('name = "a"\n[data]\nformat = "image"\npath = "data"\n')
+    study = STUDY.replace("segmentation", "classification")
+    study = study.replace('"background", "nodule"', '"no", "yes"')
+    study = study.replace("dimensions = 3\nsize = [8, 8, 8]", "dimensions = 2\nsize = [8, 8]")
+    (tmp_path / "study.toml").write_text(study)
+    assert main(command(tmp_path)) == 0
+    assert "one class" in capsys.readouterr().out
+
+
+def test_contours_surround_the_mask_in_its_colour() -> None:
+    image = np.zeros((1, 300, 300), dtype=np.float32)
+    image[0, 0, 0] = 1
+    mask = np.zeros((300, 300), dtype=np.uint8)
+    mask[10:20, 10:20] = 1
+    drawn = (picture(image, mask) == COLOURS[0]).all(axis=2)
+    # The outline of a 10 × 10 square.
+    assert drawn.sum() == 36
+    assert drawn[10, 10]
+    assert not drawn[15, 15]
+
+
+@pytest.mark.parametrize("more", [[], ["check"]])
+def test_help_is_fast_and_has_examples(more: list[str]) -> None:
+    started = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "-m", "medfl.client.cli", *more, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # 0.3 s on an idle machine; the tests share theirs.
+    assert time.monotonic() - started < 2
+    assert "Example: medfl-client check" in run.stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; import medfl.client.cli; heavy = {'torch', 'numpy', 'pydicom', 'monai', "
+        "'sklearn', 'nibabel', 'PIL'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_real_volumes_are_all_usable(
+    public_data: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = public_data("msd_hippocampus")
+    (tmp_path / "site.toml").write_text(
+        f'name = "a"\n[data]\nformat = "decathlon"\npath = "{folder}"\n'
+    )
+    study = STUDY.replace('"background", "nodule"', '"background", "anterior", "posterior"')
+    (tmp_path / "study.toml").write_text(study.replace("[8, 8, 8]", "[40, 56, 40]"))
+    assert main(command(tmp_path, "--json")) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert (plain["usable"], plain["left_out"]) == (134, [])
