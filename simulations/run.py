@@ -61,9 +61,7 @@ def plan_runs(
     for name in compare:
         folder = out / "baselines" / name
         if name == "pooled":
-            alone = replace(study.federation, strategy="fedavg", options=None, min_sites=1)
-            # Without privacy: it stands for what could be had if the data lay in one place.
-            pooled = replace(study, federation=replace(alone, sites_per_round=None), privacy=None)
+            pooled = as_pooled(study, len(hospitals))
             runs.append(replace(main, name=name, study=pooled, folder=folder, pooled=True))
         elif name in STRATEGIES:
             other = study.with_strategy(name)
@@ -74,6 +72,23 @@ def plan_runs(
                 f"--compare {name}: is not known; use pooled or one of {', '.join(STRATEGIES)}"
             )
     return runs
+
+
+def as_pooled(study: Study, n_sites: int) -> Study:
+    """The study as it would be if all data lay in one place, which is what federation does without.
+
+    It takes as many optimiser steps as all hospitals together (with local_epochs that is so by
+    itself), and no privacy, because nobody would have to be protected from anybody.
+    """
+    steps = study.training.local_steps
+    return replace(
+        study,
+        training=replace(study.training, local_steps=None if steps is None else steps * n_sites),
+        federation=replace(
+            study.federation, strategy="fedavg", options=None, min_sites=1, sites_per_round=None
+        ),
+        privacy=None,
+    )
 
 
 def run_all(

@@ -10,7 +10,7 @@ import logging
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,10 +64,10 @@ def find(source: DataSource, study: Study) -> Found:
         more, also_faulty = _scan(source.masks)
         segmentations += [i for i in more if i.header["kind"] == "segmentation"]
         faulty += also_faulty
-    images_found, again = _without_copies(images_found)
     dimensions = study.image.dimensions if study.image else 3
+    images_found, again, copies = _without_copies(images_found, dimensions)
     cases = [_case(group, dimensions) for group in _groups(images_found, dimensions)]
-    cases, unlisted = _with_table(cases, source)
+    cases, unlisted = _with_table(cases, source, [q.case_id for q in faulty], copies)
     cases, unmasked = _with_masks(cases, source, segmentations)
     return Found(tuple(cases), (*faulty, *again, *unlisted, *unmasked))
 
@@ -117,21 +117,31 @@ def _headers(paths: Sequence[Path]) -> list[dict[str, Any]]:
         return [header for path in paths for header in _headers([path])]
 
 
-def _without_copies(items: Sequence[Item]) -> tuple[list[Item], list[Quarantined]]:
-    """Copies of an instance are passed over; two contents under one UID set both aside."""
+def _without_copies(
+    items: Sequence[Item], dimensions: int
+) -> tuple[list[Item], list[Quarantined], dict[Path, list[Path]]]:
+    """Copies of an instance are passed over; two contents under one UID set both aside.
+
+    A series that was copied as a whole is reported as one copy, not as one a slice. The third
+    value says where the copies of a kept file lie, for a table may name those.
+    """
     by_uid: dict[str, list[Item]] = defaultdict(list)
     for item in items:
         by_uid[item.header["instance"]].append(item)
     kept: list[Item] = []
     aside: list[Quarantined] = []
+    copied: set[str] = set()
+    copies: dict[Path, list[Path]] = {}
     for uid, same in by_uid.items():
         contents = {_content(item.path) for item in same} if len(same) > 1 else {""}
         if len(contents) > 1:
             aside.append(Quarantined(uid, "uid_conflict", f"{len(contents)} different files"))
             continue
-        aside += [Quarantined(uid, "duplicate") for _ in same[1:]]
+        if len(same) > 1:
+            copied.add(uid if dimensions == 2 else same[0].header["series"])
+            copies[same[0].path] = [item.path for item in same[1:]]
         kept.append(same[0])
-    return kept, aside
+    return kept, [*aside, *(Quarantined(n, "duplicate") for n in sorted(copied))], copies
 
 
 def _content(path: Path) -> str:
@@ -175,10 +185,16 @@ def _case(group: Sequence[Item], dimensions: int) -> CaseRef:
 
 
 def _with_table(
-    cases: Sequence[CaseRef], source: DataSource
+    cases: Sequence[CaseRef],
+    source: DataSource,
+    faulty: Sequence[str],
+    copies: Mapping[Path, Sequence[Path]],
 ) -> tuple[list[CaseRef], list[Quarantined]]:
     """Join each case with its row: by file, else by instance, series, study or accession, else
-    by patient. Cases without a row are not part of the study."""
+    by patient. Cases without a row are not part of the study.
+
+    faulty: files that were set aside already; their rows are not reported once more.
+    """
     if source.table is None:
         return list(cases), []
     keyed: dict[str, dict[str, str]] = {}
@@ -189,24 +205,26 @@ def _with_table(
     joined: list[CaseRef] = []
     aside: list[Quarantined] = []
     for ref in cases:
-        match = next((n for n in _names(ref, source) if n in keyed), None)
+        places = [p.relative_to(source.path) for p in (ref.files[0], *copies.get(ref.files[0], ()))]
+        match = next((n for n in _names(ref, places) if n in keyed), None)
         if match is None:
             aside.append(Quarantined(ref.case_id, "not_in_table"))
             continue
         used.add(match)
         patient = keyed[match].get("patient") or ref.patient
         joined.append(replace(ref, patient=patient, fields={**keyed[match], **ref.fields}))
-    absent = [name for name in keyed if name not in used]
+    passed = [p.relative_to(source.path) for others in copies.values() for p in others]
+    known = {str(f) for p in (*map(Path, faulty), *passed) for f in (p, *p.parents)}
+    absent = [name for name in keyed if name not in used and name not in known]
     return joined, [*aside, *(Quarantined(name, "no_image") for name in absent)]
 
 
-def _names(ref: CaseRef, source: DataSource) -> list[str]:
-    """By what a table's row may call a case, most exact first."""
-    inside = ref.files[0].relative_to(source.path)
-    folders = [str(p) for p in inside.parents if str(p) != "."]
+def _names(ref: CaseRef, places: Sequence[Path]) -> list[str]:
+    """By what a table's row may call a case, most exact first. places: of its file and copies."""
+    files = [str(name) for p in places for name in (p, p.with_suffix(""))]
+    folders = [str(f) for p in places for f in p.parents if str(f) != "."]
     uids = [ref.fields[n] for n in ("instance_uid", "series_uid", "study_uid", "accession")]
-    names = [str(inside), str(inside.with_suffix("")), *uids, *folders, ref.patient]
-    return [name for name in names if name]
+    return [name for name in (*files, *uids, *folders, ref.patient) if name]
 
 
 def _with_masks(

@@ -300,6 +300,25 @@ def test_copies_are_passed_over_but_two_contents_of_one_uid_are_set_aside(
     assert sorted(q.reason for q in found.quarantined) == ["duplicate", "uid_conflict"]
 
 
+@pytest.mark.parametrize("named", ["a,copy,yes\n", "a,exam,yes\n", "a,exam,yes\nd,copy,yes\n"])
+def test_a_fault_is_reported_once(
+    tmp_path: Path, dicom_slice: Make, save: Save, study: Callable[..., Study], named: str
+) -> None:
+    series(tmp_path / "exam", dicom_slice, save)
+    shutil.copytree(tmp_path / "exam", tmp_path / "copy")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "1.dcm").write_bytes(b"x")
+    (tmp_path / "t.csv").write_text(f"case,image,label\n{named}b,broken,no\nc,gone,no\n")
+    three = study(image=ImageInput(dimensions=3, size=[4, 4, 4]))
+    found = find(tmp_path, three, table=tmp_path / "t.csv")
+    assert len(found.cases) == 1
+    assert sorted((q.case_id, q.reason) for q in found.quarantined) == [
+        ("1.2.3", "duplicate"),
+        ("broken/1.dcm", "not_dicom"),
+        ("gone", "no_image"),
+    ]
+
+
 def exam(make: Make, uid: str, number: int) -> list[Dataset]:
     """Four slices of a patient, complete enough for highdicom to refer to them."""
     slices = []
