@@ -34,6 +34,7 @@ SPEAK_TO_FLOWER = {
     "common/flower_records.py",
     "client/flower.py",
     "server/flower.py",
+    "simulations/flower.py",
     "simulations/grid.py",
 }
 # Parts of pydantic, jinja2 and typer, pinned with them.
