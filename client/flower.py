@@ -3,18 +3,52 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
+from typing import TypeVar
 
-from flwr.app import Context, Message
+import httpx
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import SubStatus
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto import runtime_pb2
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import push_message
 
 from medfl.client.hospital import Hospital, answer
+from medfl.common.errors import FederationError
 from medfl.common.flower_records import from_record, to_record
-from medfl.common.messages import pack, refusal, unpack_instruction
+from medfl.common.messages import (
+    Instruction,
+    Reply,
+    pack,
+    refusal,
+    unpack_instruction,
+)
 
 log = logging.getLogger(__name__)
 
 FindHospital = Callable[[Context], Hospital]
+
+T = TypeVar("T")
+R = TypeVar("R")
+_ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
 def client_app(find_hospital: FindHospital) -> ClientApp:
@@ -39,3 +73,150 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
     app.train("round")(handle)
     app.evaluate("finish")(handle)
     return app
+
+
+class NodeGone(FederationError):
+    """The SuperNode of this site cannot be reached, or has dropped the task."""
+
+
+class Tasks:
+    """The tasks of this site's SuperNode, for who knows its secret."""
+
+    def __init__(self, address: str, secret: str) -> None:
+        self._address = address
+        signing = SuperExecAuthHttpInterceptor(
+            master_secret=secret.encode(), protected_methods={_ACQUIRE}
+        )
+        self._calls = _runtime(address, signing)
+
+    def next(self) -> Task | None:
+        """Take the oldest waiting task; None where there is none.
+
+        Raises:
+            NodeGone: try again, perhaps at another address.
+        """
+        asked = runtime_pb2.AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+        try:
+            found = self._calls.AcquireTask(asked)
+            return Task(self._address, found.token) if found.token else None
+        except httpx.HTTPError as error:
+            raise NodeGone(f"no task could be taken ({type(error).__name__})") from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._calls.close()
+
+
+class Task:
+    """One message to this site, and its answer. What code came with it is bytes and stays bytes."""
+
+    def __init__(self, address: str, token: str) -> None:
+        self._calls = _runtime(address, RuntimeTokenHttpInterceptor(token=token))
+        self._beat = HeartbeatSender(self._heartbeat)
+        given = self._call(self._calls.PullTaskInput, runtime_pb2.PullTaskInputRequest())
+        self._context = given.context
+        self.run_id, self.node_id = int(given.context.run_id), int(given.context.node_id)
+        self.bundle = bytes(given.fab.content)
+        self._beat.start()
+        self.message = self._message()
+
+    def _message(self) -> Message:
+        """The message itself; Flower announces a task a little before its message is there."""
+        for _ in range(500):
+            got = self._call(self._calls.PullMessages, runtime_pb2.PullAppMessagesRequest())
+            if got.messages_list:
+                break
+            time.sleep(0.02)
+        else:
+            raise NodeGone("a task came without a message")
+        tree, node = got.message_object_trees[0], Node(node_id=self.node_id)
+        try:
+            message = pull_and_inflate_object_from_tree(
+                tree,
+                make_pull_object_fn_protobuf(self._calls.PullObject, node, self.run_id),
+                make_confirm_message_received_fn_protobuf(
+                    self._calls.ConfirmMessageReceived, node, self.run_id
+                ),
+                return_type=Message,
+                max_time=None,
+                max_tries_per_object=None,
+                initial_backoff=0.02,
+                backoff_cap=0.5,
+            )
+        except httpx.HTTPError as error:
+            raise NodeGone(f"a message did not arrive ({type(error).__name__})") from error
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        return message
+
+    def instruction(self) -> Instruction:
+        """What is asked. Raises FederationError for anything that is no instruction."""
+        return unpack_instruction(from_record(self.message.content))
+
+    def payload(self) -> bytes:
+        """The message for another process."""
+        return bytes(message_to_proto(self.message).SerializeToString())
+
+    def answer(self, reply: Reply | bytes) -> None:
+        """Hand the answer to the SuperNode. bytes: a reply as `run_payload` returns it.
+
+        Raises:
+            NodeGone: the SuperNode is gone, and the answer with it.
+        """
+        if isinstance(reply, Reply):
+            message = Message(to_record(pack(reply)), reply_to=self.message)
+        else:
+            message = message_from_proto(ProtoMessage.FromString(reply))
+        context = Context(self.run_id, self.node_id, {}, RecordDict(), {})
+        try:
+            push_message(self._calls, message, context)
+            self._end(SubStatus.COMPLETED)
+        except httpx.HTTPError as error:
+            raise NodeGone(f"an answer was not taken ({type(error).__name__})") from error
+
+    def drop(self) -> None:
+        """Give it up without an answer."""
+        try:
+            self._end(SubStatus.FAILED)
+        except httpx.HTTPError as error:
+            log.debug("a task could not be given back: %s", type(error).__name__)
+
+    def _end(self, status: str) -> None:
+        try:
+            self._calls.PushTaskOutput(runtime_pb2.PushTaskOutputRequest(sub_status=status))
+        finally:
+            if self._beat.is_running:
+                self._beat.stop()
+            self._calls.close()
+
+    def _heartbeat(self) -> bool:
+        try:
+            self._calls.SendTaskHeartbeat(runtime_pb2.SendTaskHeartbeatRequest())
+        except httpx.HTTPError:
+            return False
+        return True
+
+    @staticmethod
+    def _call(call: Callable[[T], R], request: T) -> R:
+        try:
+            return call(request)
+        except httpx.HTTPError as error:
+            raise NodeGone(f"a task was not given ({type(error).__name__})") from error
+
+
+def run_payload(app: ClientApp, payload: bytes, run_id: int, node_id: int, study: str) -> bytes:
+    """Run the installed app on a message of `Task.payload`; the reply as bytes.
+
+    study: the digest that the task's bundle names; the app finds it in the context's run_config.
+    """
+    message = message_from_proto(ProtoMessage.FromString(payload))
+    context = Context(run_id, node_id, {}, RecordDict(), {"study": study})
+    return bytes(message_to_proto(app(message, context)).SerializeToString())
+
+
+def _runtime(address: str, more: ProtobufClientInterceptor) -> RuntimeHttpClient:
+    return RuntimeHttpClient.from_server_address(
+        server_address=address,
+        insecure=True,
+        root_certificates=None,
+        interceptors=[RuntimeVersionHttpInterceptor("flwr-clientapp"), more],
+    )

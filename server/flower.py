@@ -1,14 +1,21 @@
-"""The hospitals as Flower's Grid reaches them: the only file of this side that knows Flower."""
+"""The hospitals as Flower reaches them: over any Grid, or over the engine's own run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from medfl.common.errors import FederationError
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
+from medfl.server.link import Run, UploadBroken
+from medfl.server.roster import Roster
+
+log = logging.getLogger(__name__)
 
 _TYPES = {"prepare": "query.prepare", "round": "train.round", "finish": "evaluate.finish"}
 
@@ -47,6 +54,98 @@ class FlowerSites:
                 done += 1
         for address, round_ in waiting[done:]:
             yield early.pop(address, Reply(site=address, round=round_, refusal="no answer"))
+
+
+class ConnectedSites:
+    """`medfl.server.rounds.Sites` over a run of the engine; an address is a hospital's name.
+
+    deadline_s: for the answers to one question, counted from when it was asked; who has not
+        answered by then is a refusal. A hospital that came back without what it was given, because
+        its machine restarted, is asked again. only: who may take part; None = who is connected.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        roster: Roster,
+        *,
+        deadline_s: float = 3600.0,
+        only: Collection[str] | None = None,
+    ) -> None:
+        self._run, self._roster = run, roster
+        self._deadline_s, self._only = deadline_s, only
+
+    def names(self) -> list[str]:
+        """Who is connected and may take part, ascending."""
+        return [s for s in self._roster.sites() if self._only is None or s in self._only]
+
+    def ask(self, instructions: Iterable[tuple[str, Instruction]]) -> Iterator[Reply]:
+        """One reply an instruction, in order; at most one waits in memory."""
+        sent: list[tuple[str, Instruction, str | None]] = []
+        packed: tuple[Instruction, RecordDict] | None = None
+        for site, asked in instructions:
+            if packed is None or packed[0] is not asked:
+                packed = asked, to_record(pack(asked))
+            sent.append((site, asked, self._send(site, asked, packed[1])))
+        packed = None
+        end = time.monotonic() + self._deadline_s
+        for site, asked, message_id in sent:
+            yield self._reply(site, asked, message_id, end)
+
+    def _send(self, site: str, asked: Instruction, record: RecordDict) -> str | None:
+        """The id to ask for the reply with; None where the site is not there."""
+        node_id = self._roster.node_of(site)
+        if node_id is None:
+            return None
+        message_id = self._run.send(node_id, record, _TYPES[asked.kind], str(asked.round))
+        self._roster.ring()
+        return message_id
+
+    def _reply(self, site: str, asked: Instruction, message_id: str | None, end: float) -> Reply:
+        while True:
+            version = self._roster.version
+            if message_id is None:
+                message_id = self._send(site, asked, to_record(pack(asked)))
+            elif self._roster.was_lost(message_id):
+                log.warning("round=%d site=%s restarted; it is asked again", asked.round, site)
+                message_id = None
+                continue
+            else:
+                got = self._received(message_id)
+                if isinstance(got, RecordDict):
+                    return self._checked(site, asked, got)
+                if got is _GONE:
+                    message_id = None
+            if time.monotonic() >= end:
+                why = "not connected" if self._roster.node_of(site) is None else "late"
+                return Reply(site=site, round=asked.round, refusal=why)
+            # The bell tells when an answer has come; looking by ourselves is for safety.
+            self._roster.wait(version, min(_LOOK_S, max(0.01, end - time.monotonic())))
+
+    def _received(self, message_id: str) -> RecordDict | object | None:
+        try:
+            got = self._run.receive(message_id)
+        except UploadBroken:
+            return _GONE
+        return _GONE if isinstance(got, Error) else got
+
+    def _checked(self, site: str, asked: Instruction, record: RecordDict) -> Reply:
+        """The reply, if the hospital speaks for itself and about what it was asked."""
+        try:
+            reply = unpack_reply(from_record(record))
+        except FederationError:
+            return Reply(site=site, round=asked.round, refusal="malformed answer")
+        if reply.site != site:
+            log.warning("round=%d site=%s answered in another name", asked.round, site)
+            return Reply(site=site, round=asked.round, refusal="answered in another name")
+        if reply.round != asked.round and not reply.refusal:
+            return Reply(site=site, round=asked.round, refusal="answered about another round")
+        return reply
+
+
+# Flower gave a message up: it is to be sent again once the site is there.
+_GONE = object()
+_LOOK_S = 0.5
 
 
 def server_app(main: Callable[[FlowerSites, Context], None]) -> ServerApp:

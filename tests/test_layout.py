@@ -29,16 +29,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": {"common", "strategies"},
     "simulations": {"common", "strategies", "client", "server"},
 }
-# One adapter a side, and the records that both send: a change in Flower is met in few places.
+# One adapter a side, the processes that it starts, and the records that both send: a change in
+# Flower is met in few places.
 SPEAK_TO_FLOWER = {
     "common/flower_records.py",
     "client/flower.py",
+    "client/supernode.py",
     "server/flower.py",
+    "server/link.py",
+    "server/nodes.py",
+    "server/superlink.py",
     "simulations/flower.py",
     "simulations/grid.py",
 }
-# Parts of pydantic, jinja2 and typer, pinned with them.
-COME_WITH_ANOTHER = {"pydantic_core", "markupsafe", "click"}
+# Parts of pydantic, jinja2, typer and flwr (its clients and servers), pinned with them.
+COME_WITH_ANOTHER = {"pydantic_core", "markupsafe", "click", "httpx", "uvicorn", "google"}
 HEAVY = {"torch", "monai", "opacus", "flwr", "sklearn", "scipy", "matplotlib", "pydicom"}
 
 

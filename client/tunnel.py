@@ -1,0 +1,190 @@
+"""The hospital's end of the tunnel: what the SuperNode takes for its SuperLink.
+
+A SuperNode stops working for good after one bad answer. So it gets none: calls wait here until the
+coordinator has answered, however often the line is cut, and the SuperNode hears `102 Processing`
+meanwhile (RFC 2518, section 10.1), which keeps its request alive.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import grpc
+
+from medfl.common import tunnel
+from medfl.common.errors import FederationError
+from medfl.common.tunnel import Answer, Call
+
+log = logging.getLogger(__name__)
+
+_STILL_HERE_S = 8.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 15.0
+# The SuperNode gives a heartbeat 5 s and then tries again.
+_HEARTBEAT_S = 4.0
+_TIMEOUT_S = 900.0
+_HELD_TIMEOUT_S = 60.0
+# What a SuperNode understands: done, start anew (401), the run is over (403).
+_UNDERSTOOD = {200, 401, 403}
+
+Tick = Callable[[], None]
+
+
+class Forwarder:
+    """A loopback HTTP server whose requests travel through `channel`.
+
+    mail: set whenever a message came for this site, so that whoever executes it need not poll.
+    """
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.mail = threading.Event()
+        self.session = secrets.token_hex(16)
+        self.stopping = threading.Event()
+        self.heard = time.monotonic()
+        self._ask: Any = channel.unary_unary(
+            tunnel.METHOD, request_serializer=None, response_deserializer=None
+        )
+        self._server: _Server | None = None
+
+    def start(self) -> str:
+        """Listen on a free loopback port; returns host:port."""
+        self._server = _Server(self)
+        threading.Thread(target=self._server.serve_forever, name="forwarder", daemon=True).start()
+        host, port = self._server.server_address[:2]
+        return f"{host!s}:{port}"
+
+    def stop(self) -> None:
+        """End; calls that wait are dropped."""
+        self.stopping.set()
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the SuperNode last made a call: it sends heartbeats while it is well."""
+        return time.monotonic() - self.heard
+
+    def forward(self, path: str, headers: dict[str, str], body: bytes, tick: Tick) -> Answer:
+        """The coordinator's answer. `tick` is called while it takes time; it may raise OSError."""
+        self.heard = time.monotonic()
+        call = Call(secrets.token_hex(16), path, headers | {tunnel.SESSION: self.session}, body)
+        patience_s = _HEARTBEAT_S if path == tunnel.HEARTBEAT else float("inf")
+        started, wait_s = time.monotonic(), _FIRST_WAIT_S
+        while not self.stopping.is_set() and time.monotonic() - started < patience_s:
+            answer = self._once(call, patience_s, tick)
+            if answer is not None and answer.status in _UNDERSTOOD:
+                if path == tunnel.PULL and answer.body:
+                    self.mail.set()
+                return answer
+            if answer is not None and answer.status == 0:
+                wait_s = _FIRST_WAIT_S
+                tick()
+                continue
+            if answer is not None and answer.status != 503:
+                log.error("the coordinator refused %s with %d", path, answer.status)
+                return Answer(503 if path == tunnel.HEARTBEAT else 401)
+            end = time.monotonic() + min(wait_s, patience_s)
+            while time.monotonic() < end and not self.stopping.is_set():
+                tick()
+                self.stopping.wait(min(1.0, max(0.0, end - time.monotonic())))
+            wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
+        return Answer(503)
+
+    def _once(self, call: Call, patience_s: float, tick: Tick) -> Answer | None:
+        """One attempt; None where the line or the coordinator is down."""
+        timeout_s = _HELD_TIMEOUT_S if call.path == tunnel.PULL else _TIMEOUT_S
+        asked = self._ask.future(tunnel.encode(call), timeout=min(timeout_s, patience_s))
+        try:
+            while True:
+                try:
+                    raw = asked.result(timeout=1.0)
+                    return tunnel.decode_answer(raw)
+                except grpc.FutureTimeoutError:
+                    if self.stopping.is_set():
+                        return None
+                    tick()
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                return Answer(400)
+            log.debug("the line is down: %s", error.code())
+            return None
+        except FederationError as error:
+            log.error("%s", error)
+            return None
+        finally:
+            asked.cancel()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, forwarder: Forwarder) -> None:
+        self.forwarder = forwarder
+        super().__init__(("127.0.0.1", 0), _Request)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A SuperNode that hung up is no news."""
+        log.debug("a request of the SuperNode broke off", exc_info=True)
+
+
+class _Request(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    # Answers are small and many: without this each would wait for the acknowledgement before it.
+    disable_nagle_algorithm = True
+    server: _Server
+
+    def do_POST(self) -> None:
+        """Any call of the SuperNode."""
+        length = self.headers.get("content-length", "")
+        limit = tunnel.ALLOWED.get(self.path)
+        if limit is None or not length.isdigit() or int(length) > limit:
+            self.close_connection = True
+            self.send_error(404 if limit is None else 413)
+            return
+        body = self.rfile.read(int(length))
+        self._last = time.monotonic()
+        headers = {n.lower(): v for n, v in self.headers.items() if n.lower() in _SENT}
+        answer = self.server.forwarder.forward(self.path, headers, body, self._tick)
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
+            self.send_header(name, value)
+        self.send_header("content-length", str(len(answer.body)))
+        self.end_headers()
+        self.wfile.write(answer.body)
+
+    def _tick(self) -> None:
+        """Tell the SuperNode that its answer is still to come.
+
+        Raises:
+            ConnectionError: it is gone; a message that came now would be lost.
+        """
+        with suppress(BlockingIOError):
+            if not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                raise ConnectionError("the SuperNode hung up")
+        if time.monotonic() - self._last >= _STILL_HERE_S:
+            self._last = time.monotonic()
+            self.wfile.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+            self.wfile.flush()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: the SuperNode logs its calls itself."""
+
+
+_SENT = frozenset(
+    {
+        "content-type",
+        "accept",
+        "flwr-package-name",
+        "flwr-package-version",
+        "flwr-component-name",
+    }
+)

@@ -1,0 +1,245 @@
+"""Flower's calls as the coordinator makes them: a run that this process executes itself."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import httpx
+from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
+from flwr.common.serde import run_from_proto
+from flwr.proto import (
+    control_pb2,
+    fab_pb2,
+    message_pb2,
+    runtime_pb2,
+)
+from flwr.supercore.constant import (
+    TaskType,
+)
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.date import now
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    inflate_object_from_contents,
+    pull_objects,
+)
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
+from flwr.supercore.retry import make_simple_http_retry_invoker
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid import HttpGrid
+
+from medfl.common.errors import FederationError
+from medfl.common.tunnel import KEY_HEADER
+
+log = logging.getLogger(__name__)
+
+_ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+# An upload that does not go on for this long counts as broken off.
+_UPLOAD_S = 120.0
+_TTL_S = 7 * 24 * 3600.0
+
+
+class Link:
+    """A SuperLink at a loopback address, for those who know its key."""
+
+    def __init__(self, address: str, key: str) -> None:
+        self.address = address
+        self.key = key
+
+    def start_run(self, bundle: bytes) -> Run:
+        """Create a run and take it on, so that nobody else executes it.
+
+        Raises:
+            FederationError: Flower refused it.
+        """
+        try:
+            with ControlHttpClient.from_server_address(
+                self.address,
+                True,
+                None,
+                [_Key(self.key), RuntimeVersionHttpInterceptor("flwr-cli")],
+            ) as control:
+                asked = control_pb2.StartRunRequest(fab=fab_pb2.Fab(content=bundle))
+                run_id = int(control.StartRun(asked).run_id)
+            return self._take(run_id)
+        except httpx.HTTPError as error:
+            raise FederationError(
+                f"The engine did not start the run ({type(error).__name__}). "
+                "The reason is in superlink.log in the coordinator's folder."
+            ) from error
+
+    def _take(self, run_id: int) -> Run:
+        """Acquire the run's task; tasks that an earlier coordinator left are ended."""
+        secret = SuperExecAuthHttpInterceptor(
+            master_secret=self.key.encode(), protected_methods={_ACQUIRE}
+        )
+        while True:
+            client = _runtime(self.address, self.key, [secret])
+            with client:
+                found = client.AcquireTask(
+                    runtime_pb2.AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
+                )
+            if not found.token:
+                raise FederationError(f"The engine has no task for its run {run_id}.")
+            run = Run(LinkGrid(self.address, found.token, self.key))
+            if found.task.run_id == run_id:
+                run.begin()
+                return run
+            run.end(completed=False, details="left by an earlier coordinator")
+
+
+class LinkGrid(HttpGrid):
+    """Flower's grid over a guarded SuperLink, which asks for one reply at a time.
+
+    Replies that nobody has asked for yet stay in the SuperLink's database, not in memory.
+    """
+
+    def __init__(self, address: str, token: str, key: str) -> None:
+        super().__init__(address, insecure=True, token=token)
+        self._client = _runtime(address, key, [RuntimeTokenHttpInterceptor(token=token)])
+
+    @property
+    def calls(self) -> RuntimeHttpClient:
+        """The runtime calls of this run's task."""
+        return self._runtime_client
+
+    def pull_one(self, message_id: str) -> Message | None:
+        """The reply to a message, or None where there is none yet.
+
+        Flower's own pull waits a second whenever an object is still on its way.
+        """
+        asked = runtime_pb2.PullAppMessagesRequest(message_ids=[message_id])
+        got = self.calls.PullMessages(asked)
+        if not got.messages_list:
+            return None
+        about, tree = got.messages_list[0].metadata, got.message_object_trees[0]
+        try:
+            contents = pull_objects(
+                [t.object_id for t in iterate_object_tree(tree)],
+                make_pull_object_fn_protobuf(self.calls.PullObject, self.node, about.run_id),
+                initial_backoff=0.03,
+                backoff_cap=0.5,
+                max_time=_UPLOAD_S,
+                max_tries_per_object=None,
+            )
+        except ObjectPullError:
+            raise UploadBroken("A hospital's answer did not arrive whole.") from None
+        self.calls.ConfirmMessageReceived(
+            message_pb2.ConfirmMessageReceivedRequest(
+                node=self.node, run_id=about.run_id, message_object_id=about.message_id
+            )
+        )
+        message = inflate_object_from_contents(about.message_id, contents)
+        if not isinstance(message, Message):
+            raise UploadBroken("A hospital's answer is not a message.")
+        return message
+
+
+class UploadBroken(FederationError):
+    """A reply that is announced and never complete."""
+
+
+class Run:
+    """One run that this process executes: messages to nodes and their replies."""
+
+    def __init__(self, grid: LinkGrid) -> None:
+        self._grid = grid
+        self._run_id = 0
+        self._beat = HeartbeatSender(self._heartbeat)
+
+    @property
+    def run_id(self) -> int:
+        """Flower's number of the run."""
+        return self._run_id
+
+    def begin(self) -> None:
+        """Tell Flower that the run is being executed."""
+        given = self._grid.calls.PullTaskInput(runtime_pb2.PullTaskInputRequest())
+        run = run_from_proto(given.run)
+        self._grid.set_run(run)
+        self._run_id = int(run.run_id)
+        self._beat.start()
+
+    def send(self, node_id: int, content: RecordDict, message_type: str, group: str) -> str:
+        """Send to a node; returns the id to ask for the reply with."""
+        address = Metadata(
+            run_id=self._run_id,
+            message_id="",
+            src_node_id=SUPERLINK_NODE_ID,
+            dst_node_id=node_id,
+            reply_to_message_id="",
+            group_id=group,
+            created_at=now().timestamp(),
+            ttl=_TTL_S,
+            message_type=message_type,
+        )
+        # Flower's typed constructors take the address from the process, which may run several.
+        message = Message(content=content, metadata=address)  # type: ignore[call-overload]
+        sent = list(self._grid.push_messages([message]))
+        if len(sent) != 1 or not sent[0]:
+            raise FederationError(f"The engine did not take a message for node {node_id}.")
+        return str(sent[0])
+
+    def receive(self, message_id: str) -> RecordDict | Error | None:
+        """The reply, an error where Flower gave it up, or None where there is none yet.
+
+        Raises:
+            UploadBroken: the reply is there and parts of it never came.
+        """
+        message = self._grid.pull_one(message_id)
+        if message is None:
+            return None
+        return message.error if message.has_error() else message.content
+
+    def end(self, *, completed: bool, details: str = "") -> None:
+        """Tell Flower that the run is over; nodes drop what they still hold of it."""
+        if self._beat.is_running:
+            self._beat.stop()
+        try:
+            self._grid.calls.PushTaskOutput(
+                runtime_pb2.PushTaskOutputRequest(
+                    sub_status=SubStatus.COMPLETED if completed else SubStatus.FAILED,
+                    details=details,
+                )
+            )
+        except httpx.HTTPError as error:
+            log.warning("the run could not be closed: %s", type(error).__name__)
+        self._grid.close()
+
+    def _heartbeat(self) -> bool:
+        try:
+            self._grid.calls.SendTaskHeartbeat(runtime_pb2.SendTaskHeartbeatRequest())
+        except httpx.HTTPError:
+            return False
+        return True
+
+
+class _Key:
+    """Adds the key to each call."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        context.request.headers[KEY_HEADER] = self._key
+        return call_next(context)
+
+
+def _runtime(address: str, key: str, more: list[Any]) -> RuntimeHttpClient:
+    return RuntimeHttpClient.from_server_address(
+        server_address=address,
+        insecure=True,
+        root_certificates=None,
+        interceptors=[_Key(key), RuntimeVersionHttpInterceptor("flwr-serverapp"), *more],
+        retry_invoker=make_simple_http_retry_invoker(),
+    )

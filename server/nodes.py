@@ -1,0 +1,130 @@
+"""The fleet calls of hospitals' nodes, as the gateway reads, rewrites and signs them.
+
+A node's key pair is the coordinator's: the certificate of the tunnel says which hospital speaks,
+and the gateway signs for that hospital's node. So a node keeps its id over restarts, clocks of
+hospitals do not matter to Flower's signatures, and no hospital can sign for another.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Mapping
+from typing import Any
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.proto import fab_pb2, fleet_pb2, heartbeat_pb2, message_pb2, run_pb2
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+)
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from medfl.common.errors import FederationError
+
+
+class NodeKey:
+    """The key pair with which the gateway signs for one hospital's node."""
+
+    def __init__(self, secret: bytes, site: str) -> None:
+        # 47 bytes are below the order of the curve, which is a little less than 2^384.
+        drawn = HKDF(hashes.SHA256(), 47, salt=b"medfl node", info=site.encode()).derive(secret)
+        self._private = ec.derive_private_key(int.from_bytes(drawn, "big") + 1, ec.SECP384R1())
+        self.public = public_key_to_bytes(self._private.public_key())
+
+    def headers(self) -> dict[str, str]:
+        """Flower's proof that a call comes from the node, fresh for each call."""
+        at = now().isoformat()
+        return {
+            FLEET_HTTP_PUBLIC_KEY_HEADER: b64encode(self.public).decode(),
+            TIMESTAMP_HEADER: at,
+            FLEET_HTTP_SIGNATURE_HEADER: b64encode(
+                sign_message(self._private, at.encode())
+            ).decode(),
+        }
+
+
+_REQUESTS: Mapping[str, Any] = {
+    "register-node": fleet_pb2.RegisterNodeFleetRequest,
+    "activate-node": fleet_pb2.ActivateNodeRequest,
+    "deactivate-node": fleet_pb2.DeactivateNodeRequest,
+    "unregister-node": fleet_pb2.UnregisterNodeFleetRequest,
+    "send-node-heartbeat": heartbeat_pb2.SendNodeHeartbeatRequest,
+    "pull-messages": fleet_pb2.PullMessagesRequest,
+    "push-messages": fleet_pb2.PushMessagesRequest,
+    "get-run": run_pb2.GetRunRequest,
+    "get-fab": fab_pb2.GetFabRequest,
+    "push-object": message_pb2.PushObjectRequest,
+    "pull-object": message_pb2.PullObjectRequest,
+    "confirm-message-received": message_pb2.ConfirmMessageReceivedRequest,
+}
+
+
+def with_key(call: str, body: bytes, public: bytes) -> bytes:
+    """A registration or activation, for the gateway's key instead of the SuperNode's own.
+
+    Raises:
+        FederationError: not such a request.
+    """
+    request = _parsed(call, body)
+    request.public_key = public
+    return bytes(request.SerializeToString(deterministic=True))
+
+
+def speakers(call: str, body: bytes) -> set[int]:
+    """All node ids that a call claims to speak for.
+
+    Raises:
+        FederationError: not such a request.
+    """
+    request = _parsed(call, body)
+    if call in ("deactivate-node", "unregister-node"):
+        return {int(request.node_id)}
+    claimed = {int(request.node.node_id)}
+    if call == "push-messages":
+        claimed |= {int(m.metadata.src_node_id) for m in request.messages_list}
+    return claimed
+
+
+def answered(body: bytes) -> list[str]:
+    """Ids of the messages that a push-messages call answers."""
+    request = _parsed("push-messages", body)
+    return [str(m.metadata.reply_to_message_id) for m in request.messages_list]
+
+
+def delivered(answer: bytes) -> list[str]:
+    """Ids of the messages in the answer to a pull-messages call."""
+    got = fleet_pb2.PullMessagesResponse.FromString(answer)
+    return [str(m.metadata.message_id) for m in got.messages_list]
+
+
+def activated(answer: bytes) -> int:
+    """The node id in the answer to an activate-node call."""
+    return int(fleet_pb2.ActivateNodeResponse.FromString(answer).node_id)
+
+
+def deactivation(node_id: int) -> bytes:
+    """A deactivate-node call."""
+    return bytes(fleet_pb2.DeactivateNodeRequest(node_id=node_id).SerializeToString())
+
+
+def registration(public: bytes) -> bytes:
+    """A register-node call."""
+    return bytes(fleet_pb2.RegisterNodeFleetRequest(public_key=public).SerializeToString())
+
+
+def on_its_way(answer: bytes) -> bool:
+    """Whether the answer to a pull-object call says: announced, and not yet there."""
+    got = message_pb2.PullObjectResponse.FromString(answer)
+    return bool(got.object_found and not got.object_available)
+
+
+def _parsed(call: str, body: bytes) -> Any:
+    try:
+        return _REQUESTS[call].FromString(body)
+    except (DecodeError, KeyError):
+        raise FederationError(f"A {call} call is malformed.") from None

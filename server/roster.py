@@ -1,0 +1,101 @@
+"""Which hospitals are there, what they were given, and a bell for those who wait for either."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+# A connected site is heard at least this often: held pulls and heartbeats come every few seconds.
+GONE_AFTER_S = 75.0
+
+
+@dataclass(slots=True)
+class _Place:
+    """One site. given: messages that its present SuperNode got and has not answered."""
+
+    node_id: int
+    heard: float
+    given: set[str] = field(default_factory=set)
+
+
+class Roster:
+    """Shared by the tunnel, which learns, and the run, which asks. Safe for threads."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._version = 0
+        self._places: dict[str, _Place] = {}
+        self._lost: set[str] = set()
+
+    def ring(self) -> None:
+        """Wake everybody who waits."""
+        with self._changed:
+            self._version += 1
+            self._changed.notify_all()
+
+    @property
+    def version(self) -> int:
+        """Grows with each ring; what `wait` wants to know."""
+        return self._version
+
+    def wait(self, version: int, timeout_s: float) -> int:
+        """Until the bell has rung since `version`, or the time is over; returns the version."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._version != version, timeout_s)
+            return self._version
+
+    def arrived(self, site: str, node_id: int) -> None:
+        """A SuperNode of this site has started: what the one before it was given is lost."""
+        with self._changed:
+            before = self._places.get(site)
+            if before is not None:
+                self._lost |= before.given
+            self._places[site] = _Place(node_id, time.monotonic())
+        self.ring()
+
+    def heard(self, site: str, node_id: int) -> None:
+        """A call of this site was accepted."""
+        with self._changed:
+            place = self._places.setdefault(site, _Place(node_id, 0.0))
+            place.node_id, place.heard = node_id, time.monotonic()
+
+    def left(self, site: str) -> None:
+        """The site's SuperNode has said goodbye."""
+        with self._changed:
+            gone = self._places.pop(site, None)
+            if gone is not None:
+                self._lost |= gone.given
+        self.ring()
+
+    def gave(self, site: str, message_ids: list[str]) -> None:
+        """These messages are with the site now."""
+        with self._changed:
+            if site in self._places:
+                self._places[site].given.update(message_ids)
+
+    def got(self, site: str, message_ids: list[str]) -> None:
+        """The site has answered these."""
+        with self._changed:
+            if site in self._places:
+                self._places[site].given.difference_update(message_ids)
+
+    def was_lost(self, message_id: str) -> bool:
+        """Whether a SuperNode took this message with it; said once."""
+        with self._changed:
+            if message_id not in self._lost:
+                return False
+            self._lost.discard(message_id)
+            return True
+
+    def node_of(self, site: str) -> int | None:
+        """The site's node; None where it is not connected."""
+        with self._changed:
+            place = self._places.get(site)
+            if place is None or time.monotonic() - place.heard > GONE_AFTER_S:
+                return None
+            return place.node_id
+
+    def sites(self) -> list[str]:
+        """Names of the connected sites, in order."""
+        return sorted(site for site in list(self._places) if self.node_of(site) is not None)

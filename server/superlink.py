@@ -1,0 +1,95 @@
+"""Flower's SuperLink as a child process: `python -m medfl.server.superlink`, started by the engine.
+
+Flower's own command leaves the control and fleet calls open to everybody on the machine. Here all
+calls need the key that only the engine and the gateway know, and the port is the engine's own
+socket, so that it stays the same, and callers wait, while a SuperLink is replaced.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from medfl.common.child import end_with_parent, first_line
+from medfl.common.tunnel import KEY_HEADER
+
+App = Callable[[dict[str, Any], Callable[..., Any], Callable[..., Any]], Awaitable[None]]
+
+
+def guarded(app: App, key: str) -> App:
+    """The app, for callers who know the key; others get 401 before anything of theirs is read."""
+    wanted = key.encode()
+
+    async def guard(
+        scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
+    ) -> None:
+        if scope["type"] == "http":
+            given = dict(scope["headers"]).get(KEY_HEADER.encode(), b"")
+            if not hmac.compare_digest(given, wanted):
+                await send({"type": "http.response.start", "status": 401, "headers": []})
+                await send({"type": "http.response.body", "body": b""})
+                return
+        await app(scope, receive, send)
+
+    return guard
+
+
+def serve(listener: socket.socket, database: Path, key: str) -> None:
+    """Serve until told to stop (SIGTERM)."""
+    import uvicorn
+    from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
+    from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+    from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
+    from flwr.superlink.main import create_app
+
+    host, port = listener.getsockname()[:2]
+    config = SuperLinkLifespanConfig(
+        control_address=f"{host}:{port}",
+        health_server_address=None,
+        host=host,
+        port=port,
+        insecure=True,  # loopback; what leaves the machine goes through the gateway
+        certificates=None,
+        superexec_auth_secret=key.encode(),
+        authn_plugin=load_control_authn_plugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=False,
+        fleet_api_type=TRANSPORT_TYPE_GRPC_RERE,
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=None,
+        ssl_certfile=None,
+        ssl_keyfile=None,
+        database=str(database),
+        # No SuperExec is started: the engine takes the run itself.
+        isolation=ISOLATION_MODE_PROCESS,
+        runtime_dependency_install=False,
+    )
+    app = guarded(create_app(config, SuperLinkLifespan), key)
+    settings = uvicorn.Config(
+        app=app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+    )
+    uvicorn.Server(settings).run(sockets=[listener])
+
+
+def main() -> int:
+    """The child: socket and key come from the engine, as inherited descriptor and first line."""
+    key = first_line()
+    end_with_parent()
+    listener = socket.socket(fileno=int(os.environ["MEDFL_LISTENER"]))
+    serve(listener, Path(os.environ["MEDFL_DATABASE"]), key)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

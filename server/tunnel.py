@@ -1,0 +1,260 @@
+"""The coordinator's end of the tunnel: a hospital's fleet calls, let through to the SuperLink.
+
+path allowed? -> body small enough? -> every node id in it the peer's own? -> signed -> SuperLink
+A pull is held until there is a message. An answer is kept until the next call, so that a call whose
+answer got lost on the way can be repeated and takes effect once.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+import grpc
+
+from medfl.common import tunnel
+from medfl.common.errors import FederationError
+from medfl.common.tunnel import KEY_HEADER, Answer, Call
+from medfl.server import nodes
+from medfl.server.nodes import NodeKey
+from medfl.server.roster import Roster
+
+log = logging.getLogger(__name__)
+
+SiteOf = Callable[[grpc.ServicerContext], str]
+
+# Calls that must not happen twice; the others may be repeated without harm.
+_ONCE = {"register-node", "activate-node", "deactivate-node", "unregister-node"} | {
+    "pull-messages",
+    "push-messages",
+}
+_ARRIVALS = {"register-node", "activate-node"}
+# Heartbeats come every 20 s or so; after two of them are missing a client counts as gone.
+_LIVE_S = 45.0
+_KEPT_ANSWERS = 16
+_HOLD_S = 20.0
+# Without the bell a held pull still looks this often.
+_LOOK_S = 5.0
+_OBJECT_WAIT_S = 2.0
+
+
+def fleet_handlers(gate: Gate, site_of: SiteOf) -> grpc.GenericRpcHandler:
+    """The tunnel's service for a gRPC server.
+
+    site_of: the name in the peer's certificate; it may abort the call itself. The server needs
+    `tunnel.GRPC_OPTIONS` and at least two threads a site, because pulls are held.
+    """
+
+    def call(raw: bytes, context: grpc.ServicerContext) -> bytes:
+        site = site_of(context)
+        try:
+            return tunnel.encode(gate.answer(site, tunnel.decode_call(raw), context.is_active))
+        except FederationError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            raise  # abort never returns
+
+    service, method = tunnel.METHOD.strip("/").split("/")
+    return grpc.method_handlers_generic_handler(
+        service, {method: grpc.unary_unary_rpc_method_handler(call)}
+    )
+
+
+class _Guest:
+    """What the gate knows of one site."""
+
+    def __init__(self, key: NodeKey) -> None:
+        self.key = key
+        self.once = threading.Lock()
+        self.pulling = threading.Lock()
+        # Grows with each SuperNode of the site; a pull of an earlier one must take nothing.
+        self.generation = 0
+        self.answers: OrderedDict[str, Answer] = OrderedDict()
+        self.node_id: int | None = None
+        # The running medfl-client, by an id that it draws when it starts.
+        self.session = ""
+        self.heard = 0.0
+
+
+class Gate:
+    """The checks and the way to the SuperLink."""
+
+    def __init__(self, superlink_address: str, key: str, roster: Roster) -> None:
+        host, port = superlink_address.rsplit(":", 1)
+        self._host, self._port = host, int(port)
+        self._key, self._roster = key, roster
+        self._guests: dict[str, _Guest] = {}
+        self._lock = threading.Lock()
+        self._idle: deque[http.client.HTTPConnection] = deque()
+
+    def answer(self, site: str, call: Call, active: Callable[[], bool] = lambda: True) -> Answer:
+        """What the site gets. Raises FederationError for a body that Flower does not know."""
+        limit = tunnel.ALLOWED.get(call.path)
+        if limit is None:
+            log.warning("site=%s asked for a path that is not open to hospitals", site)
+            return Answer(404)
+        if len(call.body) > limit:
+            log.warning("site=%s sent %d bytes where %d are allowed", site, len(call.body), limit)
+            return Answer(413)
+        guest, name = self._guest(site), call.path.rsplit("/", 1)[1]
+        if not self._one_session(site, guest, name, call.headers.get(tunnel.SESSION, "")):
+            return Answer(503 if name in _ARRIVALS else 401)
+        if name not in _ONCE:
+            return self._checked(site, guest, name, call, active)
+        generation = guest.generation
+        with guest.pulling if name == "pull-messages" else guest.once:
+            if generation != guest.generation:
+                return Answer(401)
+            if call.id in guest.answers:
+                return guest.answers[call.id]
+            answer = self._checked(site, guest, name, call, active)
+            if answer.status not in (0, 503):
+                guest.answers[call.id] = answer
+                while len(guest.answers) > _KEPT_ANSWERS:
+                    guest.answers.popitem(last=False)
+            return answer
+
+    def _guest(self, site: str) -> _Guest:
+        with self._lock:
+            if site not in self._guests:
+                self._guests[site] = _Guest(NodeKey(self._key.encode(), site))
+            return self._guests[site]
+
+    def _one_session(self, site: str, guest: _Guest, name: str, session: str) -> bool:
+        """Whether this is the site's one live client. A new one waits until the old is silent."""
+        with self._lock:
+            now = time.monotonic()
+            if session != guest.session and guest.session and now - guest.heard < _LIVE_S:
+                log.warning("site=%s: a second client with the same certificate waits", site)
+                return False
+            if session != guest.session and guest.session and name not in _ARRIVALS:
+                return False
+            guest.session, guest.heard = session, now
+            return True
+
+    def _checked(
+        self, site: str, guest: _Guest, name: str, call: Call, active: Callable[[], bool]
+    ) -> Answer:
+        if name in _ARRIVALS:
+            return self._arrive(site, guest, name, call)
+        claimed = nodes.speakers(name, call.body)
+        if guest.node_id is None and len(claimed) == 1:
+            # After the coordinator's restart: Flower checks that key and id belong together.
+            pass
+        elif claimed != {guest.node_id}:
+            log.warning("site=%s spoke in the name of another node; refused", site)
+            return Answer(401)
+        if name == "unregister-node":
+            return Answer(200)  # the node stays for the next time
+        answer = self._work(site, guest, name, call, active)
+        if answer.status == 200:
+            guest.node_id = next(iter(claimed))
+            self._roster.heard(site, guest.node_id)
+            self._note(site, name, call, answer)
+        return answer
+
+    def _arrive(self, site: str, guest: _Guest, name: str, call: Call) -> Answer:
+        """Register the site's node, or activate it even if Flower believes it is still there."""
+        body = nodes.with_key(name, call.body, guest.key.public)
+        if name == "register-node":
+            answer = self._pass(guest, call, body)
+            # Registered at an earlier start: activation will name the node.
+            return Answer(200) if answer.status == 409 else answer
+        answer = self._pass(guest, call, body)
+        if answer.status not in (200, 503) and guest.node_id is not None:
+            leave = Call("", call.path.replace("activate", "deactivate"), call.headers)
+            self._pass(guest, leave, nodes.deactivation(guest.node_id))
+            answer = self._pass(guest, call, body)
+        if answer.status != 200:
+            # Flower still believes in a node from before this coordinator started.
+            return Answer(503)
+        guest.node_id = nodes.activated(answer.body)
+        guest.generation += 1
+        self._roster.arrived(site, guest.node_id)
+        log.info("site=%s connected", site)
+        return answer
+
+    def _work(
+        self, site: str, guest: _Guest, name: str, call: Call, active: Callable[[], bool]
+    ) -> Answer:
+        if name == "pull-messages":
+            return self._held(guest, call, active)
+        answer = self._pass(guest, call, call.body)
+        if name != "pull-object":
+            return answer
+        until = time.monotonic() + _OBJECT_WAIT_S
+        while answer.status == 200 and nodes.on_its_way(answer.body) and time.monotonic() < until:
+            time.sleep(0.02)
+            answer = self._pass(guest, call, call.body)
+        return answer
+
+    def _held(self, guest: _Guest, call: Call, active: Callable[[], bool]) -> Answer:
+        """The answer once it holds a message; status 0 after a while without one."""
+        end, generation = time.monotonic() + _HOLD_S, guest.generation
+        while generation == guest.generation:
+            version = self._roster.version
+            answer = self._pass(guest, call, call.body)
+            if answer.status != 200 or nodes.delivered(answer.body):
+                return answer
+            look = min(time.monotonic() + _LOOK_S, end)
+            while self._roster.version == version:
+                if time.monotonic() >= end or not active():
+                    return Answer(0)
+                if time.monotonic() >= look:
+                    break
+                self._roster.wait(version, min(1.0, look - time.monotonic()))
+        return Answer(401)
+
+    def _note(self, site: str, name: str, call: Call, answer: Answer) -> None:
+        if name == "pull-messages":
+            self._roster.gave(site, nodes.delivered(answer.body))
+        elif name == "push-messages":
+            self._roster.got(site, nodes.answered(call.body))
+            self._roster.ring()
+        elif name == "deactivate-node":
+            self._roster.left(site)
+            with self._lock:
+                self._guests[site].session = ""
+
+    def _pass(self, guest: _Guest, call: Call, body: bytes) -> Answer:
+        """One HTTP call to the SuperLink; 503 where it cannot be reached or fails."""
+        headers = {n: v for n, v in call.headers.items() if n in PASSED_ON}
+        headers |= guest.key.headers() | {KEY_HEADER: self._key}
+        for _ in range(2):
+            connection = self._idle.pop() if self._idle else self._connection()
+            try:
+                connection.request("POST", call.path, body=body, headers=headers)
+                got = connection.getresponse()
+                content = got.read()
+            except (OSError, http.client.HTTPException) as error:
+                # The SuperLink closes idle connections, which shows only at the next use.
+                connection.close()
+                log.debug("a call to the engine failed: %s", type(error).__name__)
+                continue
+            self._idle.append(connection)
+            back = {n.lower(): v for n, v in got.getheaders() if n.lower() in PASSED_BACK}
+            return Answer(503 if got.status >= 500 else got.status, back, content)
+        return Answer(503)
+
+    def close(self) -> None:
+        """Close the connections to the SuperLink."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _connection(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(self._host, self._port, timeout=60)
+
+
+PASSED_ON = frozenset(
+    {
+        "content-type",
+        "accept",
+        "flwr-package-name",
+        "flwr-package-version",
+        "flwr-component-name",
+    }
+)
+PASSED_BACK = frozenset({"content-type", "flwr-version-incompatibility-message"})
