@@ -37,8 +37,8 @@ def test_a_seal_holds_for_its_own_exchange_and_no_other(tmp_path: Path) -> None:
     ):
         with pytest.raises(PolicyRefused, match=f"another {next(iter(other))}"):
             check(sealed, replace(BARE, **other), public_of(key))  # type: ignore[arg-type]
+        moved = replace(sealed, **other)  # type: ignore[arg-type]
         with pytest.raises(PolicyRefused, match="not signed"):
-            moved = replace(sealed, **other)  # type: ignore[arg-type]
             check(moved, replace(BARE, **other), public_of(key))  # type: ignore[arg-type]
 
 

@@ -1,0 +1,194 @@
+"""What this hospital agrees to: studies in plain words, its signed word, and the gate it makes.
+
+`allowed` is asked before anything runs for a study, every time; nothing that the coordinator sends
+can answer it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from medfl.client.coordinator import Line
+from medfl.client.home import Home
+from medfl.common import study_text
+from medfl.common.approvals import Decision, signed, why_not
+from medfl.common.coordination import AskStudies, Decide, Done, Published, Studies
+from medfl.common.errors import ConfigError, PolicyRefused
+from medfl.common.kept import save_record
+from medfl.common.signing import public_of
+from medfl.common.study import Study
+
+DAY_S = 86400
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why nothing may run for a study now."""
+
+    why: str
+
+
+def allowed(
+    home: Home, study_digest: str, cohort_digest: str | None, now: float | None = None
+) -> Decision | Refusal:
+    """This site's approval of exactly this study and these cases, or why there is none.
+
+    cohort_digest: of the cases at hand; None before they are loaded, and then it must be asked
+        again with it before the first of them is used. now: seconds since 1970.
+    """
+    try:
+        decision = home.decision(study_digest)
+    except ConfigError as error:
+        return Refusal(str(error))
+    why = why_not(
+        decision,
+        public_of(home.signing_key()),
+        home.enrolment().site,
+        study_digest,
+        cohort_digest,
+        home.clock() if now is None else now,
+    )
+    return Refusal(why or "the study is not approved here") if why or not decision else decision
+
+
+def fetch(home: Home, line: Line) -> list[Published]:
+    """The published studies, each checked against the coordinator's pinned key and kept.
+
+    Raises:
+        PolicyRefused: one is not signed by that key, or is not what its digest says.
+    """
+    coordinator = home.enrolment().coordinator_key
+    answer = line.call("Studies", AskStudies(), Studies)
+    for shown in answer.published:
+        study_text.opened(coordinator, shown)
+    for shown in answer.published:
+        place = home.folder / "studies" / f"{shown.digest}.json"
+        if not place.exists():
+            save_record(place, shown)
+            home.record("study heard of", study=shown.name, digest=shown.digest)
+    return list(answer.published)
+
+
+def find(home: Home, name: str) -> tuple[Published, Study]:
+    """A kept study by its name (the newest) or the beginning of its digest, checked again.
+
+    Raises:
+        ConfigError: there is none. PolicyRefused: it was changed since it was kept.
+    """
+    kept = home.published()
+    fits = [p for p in kept if p.name == name]
+    if not fits and len(name) >= 6:
+        fits = [p for p in kept if p.digest.startswith(name)]
+    if not fits:
+        raise ConfigError(
+            f"{name}: no such study is known here. Known: "
+            f"{', '.join(sorted({p.name for p in kept})) or 'none'}; ask for new ones with: "
+            "medfl-client studies"
+        )
+    return fits[0], study_text.opened(home.enrolment().coordinator_key, fits[0])
+
+
+def by_digest(home: Home, digest: str) -> Study:
+    """The study of this digest. Raises PolicyRefused where it was never heard of here."""
+    for kept in home.published():
+        if kept.digest == digest:
+            return study_text.opened(home.enrolment().coordinator_key, kept)
+    raise PolicyRefused("This hospital has never heard of the study that it was asked for.")
+
+
+def approve(home: Home, study: Study, cohort: str, cases: int, days: float) -> Decision:
+    """Sign and keep an approval for these cases; `send` tells the coordinator.
+
+    An approval that says the same and lasts as long is kept as it is.
+
+    Raises:
+        ConfigError: no cases, or a time that is none.
+    """
+    if cases < 1 or not cohort:
+        raise ConfigError("There are no training cases to approve; run: medfl-client check")
+    if not 0 < days <= 1000:
+        raise ConfigError("--days: must be above 0 and at most 1000")
+    now = int(home.clock())
+    known = allowed(home, study.digest, cohort)
+    expires = now + int(days * DAY_S)
+    if isinstance(known, Decision) and known.cases == cases:
+        if abs(known.expires - expires) < DAY_S // 2:
+            return known
+    decision = Decision(
+        verdict="approved",
+        site=home.enrolment().site,
+        study=study.digest,
+        cohort=cohort,
+        cases=cases,
+        at=_after_the_last(home, study.digest, now),
+        expires=expires,
+    )
+    return _keep(home, decision)
+
+
+def withdraw(home: Home, study_digest: str) -> Decision:
+    """Take an approval back, here and at once; `send` tells the coordinator.
+
+    Raises:
+        ConfigError: nothing was ever approved.
+    """
+    known = home.decision(study_digest)
+    if known is None:
+        raise ConfigError("This study was never approved here; nothing is to be taken back.")
+    if known.verdict == "withdrawn":
+        return known
+    now = _after_the_last(home, study_digest, int(home.clock()))
+    decision = Decision(
+        verdict="withdrawn",
+        site=home.enrolment().site,
+        study=study_digest,
+        cohort="",
+        cases=0,
+        at=now,
+        expires=now,
+    )
+    return _keep(home, decision)
+
+
+def send(home: Home, line: Line, decision: Decision) -> None:
+    """Tell the coordinator; saying it again does no harm. Raises PolicyRefused."""
+    line.call("Decide", Decide(decision), Done)
+
+
+def send_all(home: Home, line: Line) -> int:
+    """Tell the coordinator everything that still holds; how many decisions that were."""
+    sent = 0
+    for kept in home.published():
+        decision = home.decision(kept.digest)
+        if decision is not None and (
+            decision.verdict == "withdrawn" or decision.expires > home.clock()
+        ):
+            send(home, line, decision)
+            sent += 1
+    return sent
+
+
+def verdict(home: Home, digest: str) -> str:
+    """One phrase on where this site stands: not decided, approved until ..., withdrawn, ..."""
+    if home.decision(digest) is None:
+        return "not decided"
+    known = allowed(home, digest, None)
+    if isinstance(known, Refusal):
+        return known.why
+    return f"approved until {time.strftime('%Y-%m-%d', time.gmtime(known.expires))}"
+
+
+def _keep(home: Home, decision: Decision) -> Decision:
+    made = signed(home.signing_key(), decision)
+    home.record(
+        made.verdict, study=made.study, cohort=made.cohort, expires=made.expires, at=made.at
+    )
+    save_record(home.decision_file(made.study), made)
+    return made
+
+
+def _after_the_last(home: Home, study: str, now: int) -> int:
+    """A time after the last decision's: two within a second must still have an order."""
+    known = home.decision(study)
+    return now if known is None else max(now, known.at + 1)

@@ -1,0 +1,114 @@
+"""A study in words, for the person who is to approve it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from medfl.client.home import Enrolment
+from medfl.common.coordination import Published
+from medfl.common.site import Site, SitePrivacy
+from medfl.common.study import Study
+
+_TASKS = {
+    "classification": "to tell images or records apart by class",
+    "segmentation": "to outline structures in images",
+    "risk": "to estimate the risk of an outcome from records",
+}
+
+
+def describe(
+    study: Study, published: Published, enrolment: Enrolment, site: Site | None
+) -> list[str]:
+    """Who asks, what is computed, what leaves, under which privacy, how long; one line each.
+
+    site: the hospital's own file, whose policy narrows what the study asks; None = not given.
+    """
+    return [
+        *_who(study, published, enrolment),
+        "",
+        *_computed(study),
+        "",
+        *_leaves(study, site),
+        "",
+        *_privacy(study, site),
+    ]
+
+
+def _who(study: Study, published: Published, enrolment: Enrolment) -> Iterator[str]:
+    yield f"{study.title or study.name}  ({study.name})"
+    yield f"  digest: {published.digest}"
+    yield (
+        f"Who asks: the coordinator of {enrolment.federation}, on "
+        f"{time.strftime('%Y-%m-%d', time.gmtime(published.at))}. The signature is right."
+    )
+    yield f"For what: {study.purpose or 'the study does not say'}."
+
+
+def _computed(study: Study) -> Iterator[str]:
+    task, training, federation = study.task, study.training, study.federation
+    yield f"What is computed: a model ({study.model.name}) learns {_TASKS[task.kind]}."
+    yield f"  Outcomes: {', '.join(task.classes)}."
+    if study.image is not None:
+        size = " x ".join(str(n) for n in study.image.size)
+        yield f"  From images, prepared as {study.image.dimensions}-D arrays of {size}."
+    if study.record is not None:
+        yield f"  From record fields: {', '.join(f.name for f in study.record.features)}."
+    amount = (
+        f"{training.local_steps} optimiser steps"
+        if training.local_steps is not None
+        else f"{training.local_epochs} passes over the training cases"
+    )
+    yield (
+        f"  {federation.rounds} rounds; in each, {amount} on this hospital's machine "
+        f"({federation.strategy}). At least {federation.min_sites} hospitals must take part."
+    )
+    yield "  By the installed medfl alone: code that a coordinator sends is never run."
+
+
+def _leaves(study: Study, site: Site | None) -> Iterator[str]:
+    decimals = "" if site is None else f", rounded to {site.policy.round_metrics_to} decimals"
+    yield "What leaves this hospital:"
+    yield "  each round: the change of the model's weights, and how many cases trained it;"
+    names = ", ".join(study.evaluation.metrics or ["the task's usual ones"])
+    yield f"  each round and at the end: metrics over all cases of a part ({names}){decimals};"
+    yield "  once, before training: counts by part and by reason for leaving cases out, and"
+    if _asks_statistics(study):
+        yield "  sums over the training cases that the hospitals share for one normalisation."
+    else:
+        yield "  class counts; no sums over images or record fields."
+    yield "What never leaves: images, records, file names, patients' names and numbers."
+
+
+def _asks_statistics(study: Study) -> bool:
+    image = study.image is not None and study.image.intensity == "federated"
+    record = study.record is not None and (
+        study.record.scale == "federated"
+        or any(f.kind == "category" and f.levels is None for f in study.record.features)
+    )
+    return image or record
+
+
+def _privacy(study: Study, site: Site | None) -> Iterator[str]:
+    asked, own = study.privacy, None if site is None else site.privacy
+    if asked is None and own is None:
+        yield "Privacy: no differential privacy. The weights' changes may tell something about"
+        yield "  single patients to the coordinator. To insist on it: [privacy] in site.toml."
+        return
+    strict = _stricter(study, own)
+    yield (
+        f"Privacy: differential privacy with epsilon {strict.epsilon:g}, delta {strict.delta:g} "
+        "for the whole study, per training record."
+    )
+    if own is not None and (asked is None or own.epsilon < asked.epsilon):
+        yield "  This is this hospital's own limit; the study asks for less protection or none."
+    yield "  It covers the trained model; metrics and counts are not covered by it."
+
+
+def _stricter(study: Study, own: SitePrivacy | None) -> SitePrivacy:
+    from medfl.client.hospital import privacy_of
+
+    found = privacy_of(study, own)
+    if found is None:
+        raise ValueError("neither study nor site asks for privacy")
+    return found

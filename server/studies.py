@@ -1,0 +1,132 @@
+"""Published studies, and what each site has decided about them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from medfl.common import study_text
+from medfl.common.approvals import Decision, is_by, why_not
+from medfl.common.coordination import Published
+from medfl.common.errors import ConfigError, PolicyRefused
+from medfl.common.kept import load_record, load_records, save_record
+from medfl.common.study import Study
+from medfl.server.federation import Federation, SiteRecord
+
+# An approval for longer than this is more likely a slip than a wish.
+MAX_APPROVAL_S = 3 * 366 * 86400
+
+
+def publish(federation: Federation, study: Study) -> Published:
+    """Sign a study and offer it to the sites; the same study again is the same publication.
+
+    Raises:
+        ConfigError: the study cannot be published.
+    """
+    with federation.change():
+        file = federation.state / "studies" / f"{study.digest}.json"
+        known = load_record(file, Published)
+        if known is not None:
+            return known
+        made = study_text.publish(federation.signing_key(), study, federation.clock())
+        federation.record("published", study=study.name, digest=study.digest)
+        save_record(file, made)
+        return made
+
+
+def published(federation: Federation) -> list[Published]:
+    """All publications, newest first."""
+    found = load_records(federation.state / "studies", Published)
+    return sorted(found, key=lambda p: (-p.at, p.digest))
+
+
+def find(federation: Federation, name: str) -> Published:
+    """The newest publication of this name, or the one whose digest begins so.
+
+    Raises:
+        ConfigError: there is none, or the beginning fits several.
+    """
+    everything = published(federation)
+    named = [p for p in everything if p.name == name]
+    if named:
+        return named[0]
+    by_digest = [p for p in everything if len(name) >= 6 and p.digest.startswith(name)]
+    if len(by_digest) == 1:
+        return by_digest[0]
+    raise ConfigError(
+        f"{name}: no such study is published. Published: "
+        f"{', '.join(p.name for p in everything) or 'none'}; publish one with: medfl-server study "
+        "publish STUDY.toml"
+    )
+
+
+def decide(federation: Federation, site: SiteRecord, decision: Decision) -> None:
+    """Keep a site's decision.
+
+    Raises:
+        PolicyRefused: it is another site's, not signed by the pinned key, older than the one that
+            is kept, expired, or about an unknown study.
+    """
+    if decision.site != site.name or not is_by(site.signing_key, decision):
+        raise PolicyRefused("The decision is not signed by the key that was pinned for this site.")
+    if not (federation.state / "studies" / f"{known_digest(decision.study)}.json").exists():
+        raise PolicyRefused("The decision is about a study that is not published here.")
+    if decision.verdict == "approved":
+        known_digest(decision.cohort)
+        now = federation.clock()
+        if not now < decision.expires <= now + MAX_APPROVAL_S or decision.cases < 1:
+            raise PolicyRefused("The approval has expired, has no end, or covers no cases.")
+    with federation.change():
+        kept = decision_of(federation, decision.study, site.name)
+        if kept == decision:
+            return
+        if kept is not None and decision.at <= kept.at:
+            raise PolicyRefused("The decision is older than the one that is kept: a replay.")
+        federation.record(
+            decision.verdict,
+            site=site.name,
+            study=decision.study,
+            cohort=decision.cohort,
+            signature=decision.signature,
+        )
+        save_record(_file(federation, decision.study, site.name), decision)
+
+
+def decision_of(federation: Federation, study: str, site: str) -> Decision | None:
+    """The last decision of a site on a study (digest)."""
+    return load_record(_file(federation, study, site), Decision)
+
+
+def approvals(federation: Federation, study: str) -> dict[str, Decision]:
+    """Sites that may be asked now, with the approval that says so; signatures are checked again.
+
+    study: digest. A revoked site has no approval that counts.
+    """
+    found = {}
+    for record in federation.sites():
+        decision = decision_of(federation, study, record.name)
+        if decision is not None and not refusal(federation, record, decision, study):
+            found[record.name] = decision
+    return found
+
+
+def refusal(
+    federation: Federation, record: SiteRecord, decision: Decision | None, study: str
+) -> str:
+    """Why this site may not be asked now, "" where it may."""
+    if record.status != "active":
+        return "the site was revoked"
+    now = federation.clock()
+    if now >= record.ends:
+        return "the site's certificate has expired"
+    return why_not(decision, record.signing_key, record.name, study, None, now)
+
+
+def known_digest(text: str) -> str:
+    """A SHA-256 in hex; anything else could name another file. Raises PolicyRefused."""
+    if len(text) != 64 or set(text) - set("0123456789abcdef"):
+        raise PolicyRefused("A digest is not 64 hexadecimal digits.")
+    return text
+
+
+def _file(federation: Federation, study: str, site: str) -> Path:
+    return federation.state / "decisions" / known_digest(study) / f"{site}.json"

@@ -1,0 +1,341 @@
+"""A hospital's word: what it is asked in plain words, what it signs, and what that allows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from medfl.client import consent, words
+from medfl.client.consent import Refusal, allowed
+from medfl.client.home import Enrolment, Home
+from medfl.common import config, study_text
+from medfl.common.approvals import Decision, signed
+from medfl.common.coordination import AskStudies, Decide, Done, Published, Studies
+from medfl.common.errors import ConfigError, PolicyRefused
+from medfl.common.kept import save_record
+from medfl.common.private_files import private_folder
+from medfl.common.signing import new_key, public_of
+from medfl.common.site import Policy, SitePrivacy
+from medfl.common.site import Site as SiteFile
+from medfl.common.source import DataSource
+from medfl.common.study import Privacy, Study
+from medfl.server import authority, studies
+from medfl.server.federation import Federation, SiteRecord
+from medfl.server.settings import ServerSettings, open_federation
+
+START = 1_800_000_000.0
+DAY = 86400
+COHORT, OTHER = "c" * 64, "d" * 64
+STUDY = {
+    "name": "lung",
+    "title": "Pneumonia on chest films",
+    "purpose": "Find pneumonia",
+    "task": {"kind": "classification", "classes": ["no", "yes"]},
+    "image": {"dimensions": 2, "size": [28, 28]},
+    "model": {"name": "cnn", "options": {"channels": [4, 8], "dropout": 0.1}},
+    "training": {"local_steps": 4},
+    "federation": {"rounds": 5, "min_sites": 2, "options": {"mu": 1.0}},
+}
+
+
+@dataclass
+class Clock:
+    now: float = START
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class World:
+    """Both sides without a wire: what one sends, the other is handed."""
+
+    federation: Federation
+    home: Home
+    clock: Clock
+
+    def call(self, method: str, message: object, answer: type) -> object:
+        """As `medfl.client.coordinator.Line.call`."""
+        if isinstance(message, AskStudies):
+            return Studies(tuple(studies.published(self.federation)))
+        assert isinstance(message, Decide)
+        record = self.federation.site("a")
+        assert record is not None
+        studies.decide(self.federation, record, message.decision)
+        return Done(self.clock())
+
+
+def study(**changed: object) -> Study:
+    return config.parse({**STUDY, **changed}, Study, "test")
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    clock = Clock()
+    authority.init(tmp_path / "fed", ServerSettings(name="Test"), clock())
+    federation = open_federation(tmp_path / "fed", clock)
+    home = Home(private_folder(tmp_path / "a"), clock)
+    key = new_key(home.signing_file)
+    coordinator = public_of(federation.signing_key())
+    save_record(home.enrolment_file, Enrolment("a", "h:1", "Test", coordinator, int(START)))
+    record = SiteRecord("a", "active", "0" * 64, START + 90 * DAY, public_of(key), int(START))
+    save_record(federation.state / "sites" / "a.json", record)
+    return World(federation, home, clock)
+
+
+@pytest.fixture
+def known(world: World) -> Study:
+    """A study that is published and has been fetched."""
+    studies.publish(world.federation, study())
+    consent.fetch(world.home, world)  # type: ignore[arg-type]
+    return consent.find(world.home, "lung")[1]
+
+
+def why(world: World, digest: str, cohort: str | None = COHORT) -> str:
+    answer = allowed(world.home, digest, cohort)
+    return answer.why if isinstance(answer, Refusal) else ""
+
+
+def approve(world: World, known: Study, days: float = 30) -> Decision:
+    return consent.approve(world.home, known, COHORT, 12, days)
+
+
+def test_a_study_travels_without_changing_its_digest(root: Path) -> None:
+    from medfl.common.study import load_study
+
+    for path in sorted((root / "simulations" / "studies").glob("*.toml")):
+        original = load_study(path)
+        assert study_text.from_text(study_text.to_text(original)).digest == original.digest
+    rich = study(privacy={"epsilon": 3, "delta": 1e-5}, evaluation={"metrics": ["auroc"]})
+    assert study_text.from_text(study_text.to_text(rich)) == rich
+
+
+def test_a_study_that_starts_from_weights_is_not_published(tmp_path: Path) -> None:
+    weights = {"name": "cnn", "start_weights": "w.safetensors", "start_weights_sha256": "0" * 64}
+    with pytest.raises(ConfigError, match="start_weights"):
+        study_text.to_text(study(model=weights))
+
+
+def test_publishing_again_is_the_same_publication_and_a_change_is_another(world: World) -> None:
+    first = studies.publish(world.federation, study())
+    world.clock.now += 60
+    assert studies.publish(world.federation, study()) == first
+    second = studies.publish(world.federation, study(purpose="Find more"))
+    assert second.digest != first.digest
+    assert studies.find(world.federation, "lung") == second
+    assert studies.find(world.federation, first.digest[:8]) == first
+    with pytest.raises(ConfigError, match="no such study"):
+        studies.find(world.federation, "heart")
+
+
+def test_an_altered_study_is_refused_before_it_is_kept(world: World) -> None:
+    made = studies.publish(world.federation, study())
+    coordinator = world.home.enrolment().coordinator_key
+    weaker = json.loads(made.study) | {"privacy": None, "purpose": "x"}
+    for altered in (
+        replace(made, study=json.dumps(weaker)),
+        replace(made, digest="0" * 64),
+        replace(made, name="heart"),
+        replace(made, at=made.at + 1),
+        replace(made, signature=""),
+    ):
+        with pytest.raises(PolicyRefused, match="is not signed"):
+            study_text.opened(coordinator, altered)
+    # Even the coordinator cannot sign a digest that is not the study's.
+    key = world.federation.signing_key()
+    lying = study_text.publish(key, study(), START)
+    from medfl.common.signing import sign
+
+    wrong = replace(lying, digest="0" * 64)
+    wrong = replace(wrong, signature=sign(key, study_text._PURPOSE, study_text._signed_part(wrong)))
+    with pytest.raises(PolicyRefused, match="does not have the digest"):
+        study_text.opened(coordinator, wrong)
+
+
+def test_nothing_is_allowed_before_it_is_approved(world: World, known: Study) -> None:
+    assert why(world, known.digest) == "the study is not approved here"
+    assert why(world, "0" * 64) == "the study is not approved here"
+    assert "64 hexadecimal" in why(world, "../../etc/passwd")
+
+
+def test_an_approval_allows_this_study_and_these_cases_until_its_end(
+    world: World, known: Study
+) -> None:
+    approve(world, known)
+    answer = allowed(world.home, known.digest, COHORT)
+    assert isinstance(answer, Decision)
+    assert (answer.cases, answer.expires - answer.at) == (12, 30 * DAY)
+    assert why(world, known.digest, None) == ""
+    assert why(world, known.digest, OTHER) == "the data have changed since the approval"
+    assert why(world, study(purpose="other").digest) == "the study is not approved here"
+    world.clock.now += 30 * DAY - 1
+    assert why(world, known.digest) == ""
+    world.clock.now += 1
+    assert why(world, known.digest) == "the approval has expired"
+
+
+def test_a_withdrawal_holds_at_once_also_offline_and_can_be_undone(
+    world: World, known: Study
+) -> None:
+    approve(world, known)
+    consent.withdraw(world.home, known.digest)
+    assert why(world, known.digest) == "the approval was withdrawn"
+    assert why(world, known.digest, None) == "the approval was withdrawn"
+    approve(world, known)
+    assert why(world, known.digest) == ""
+    whats = [line["what"] for line in world.home.audit.lines()]
+    assert whats == ["study heard of", "approved", "withdrawn", "approved"]
+
+
+def test_what_was_never_approved_cannot_be_withdrawn(world: World, known: Study) -> None:
+    with pytest.raises(ConfigError, match="never approved"):
+        consent.withdraw(world.home, known.digest)
+
+
+def test_approving_again_changes_nothing_unless_the_cases_did(world: World, known: Study) -> None:
+    first = approve(world, known)
+    world.clock.now += 60
+    assert approve(world, known) == first
+    assert consent.approve(world.home, known, OTHER, 12, 30) != first
+    assert consent.withdraw(world.home, known.digest) == consent.withdraw(world.home, known.digest)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"expires": int(START) + 999 * DAY},
+        {"cohort": OTHER},
+        {"cases": 1000},
+        {"verdict": "approved", "at": int(START) + 1},
+        {"study": "e" * 64},
+        {"site": "b"},
+        {"signature": ""},
+    ],
+)
+def test_an_approval_edited_on_the_disk_allows_nothing(
+    world: World, known: Study, change: dict[str, object]
+) -> None:
+    made = approve(world, known)
+    edited = replace(made, **change)  # type: ignore[arg-type]
+    save_record(world.home.decision_file(known.digest), edited)
+    assert "was changed" in why(world, known.digest, edited.cohort)
+
+
+def test_an_approval_of_another_study_copied_over_allows_nothing(
+    world: World, known: Study
+) -> None:
+    made = approve(world, known)
+    other = study(purpose="other")
+    save_record(world.home.decision_file(other.digest), made)
+    assert why(world, other.digest) == "the approval is for another study"
+
+
+def test_an_approval_file_that_others_can_write_is_refused(world: World, known: Study) -> None:
+    approve(world, known)
+    world.home.decision_file(known.digest).chmod(0o666)
+    assert "chmod 600" in why(world, known.digest)
+
+
+@pytest.mark.parametrize("days", [0, -1, 2000])
+def test_an_approval_has_an_end(world: World, known: Study, days: float) -> None:
+    with pytest.raises(ConfigError, match="--days"):
+        approve(world, known, days)
+
+
+def test_the_coordinator_asks_only_sites_that_have_approved(world: World, known: Study) -> None:
+    def counted() -> list[str]:
+        return sorted(studies.approvals(world.federation, known.digest))
+
+    assert counted() == []
+    made = approve(world, known)
+    assert counted() == []
+    consent.send(world.home, world, made)  # type: ignore[arg-type]
+    consent.send(world.home, world, made)  # type: ignore[arg-type]
+    assert counted() == ["a"]
+    consent.send(world.home, world, consent.withdraw(world.home, known.digest))  # type: ignore[arg-type]
+    assert counted() == []
+    with pytest.raises(PolicyRefused, match="a replay"):
+        consent.send(world.home, world, made)  # type: ignore[arg-type]
+    assert counted() == []
+    approve(world, known)
+    assert consent.send_all(world.home, world) == 1  # type: ignore[arg-type]
+    assert counted() == ["a"]
+    world.clock.now += 31 * DAY
+    assert counted() == []
+
+
+def test_a_revoked_sites_approval_does_not_count(world: World, known: Study) -> None:
+    consent.send(world.home, world, approve(world, known))  # type: ignore[arg-type]
+    authority.revoke(world.federation, "a", "")
+    assert studies.approvals(world.federation, known.digest) == {}
+
+
+def test_the_coordinator_refuses_what_the_site_did_not_sign(
+    world: World, known: Study, tmp_path: Path
+) -> None:
+    made = approve(world, known)
+    record = world.federation.site("a")
+    assert record is not None
+    other = new_key(tmp_path / "other.key")
+    for wrong in (
+        signed(other, made),
+        replace(made, cases=999),
+        signed(world.home.signing_key(), replace(made, site="b")),
+    ):
+        with pytest.raises(PolicyRefused, match="not signed by the key"):
+            studies.decide(world.federation, record, wrong)
+    unknown = signed(world.home.signing_key(), replace(made, study="e" * 64))
+    with pytest.raises(PolicyRefused, match="not published"):
+        studies.decide(world.federation, record, unknown)
+    path = signed(world.home.signing_key(), replace(made, study="../../keys"))
+    with pytest.raises(PolicyRefused, match="64 hexadecimal"):
+        studies.decide(world.federation, record, path)
+    endless = signed(world.home.signing_key(), replace(made, expires=int(START) + 5000 * DAY))
+    with pytest.raises(PolicyRefused, match="has no end"):
+        studies.decide(world.federation, record, endless)
+
+
+def site_file(**more: object) -> SiteFile:
+    data = DataSource(format="image", path=Path("x"))
+    return SiteFile(name="a", data=data, **more)  # type: ignore[arg-type]
+
+
+def told(shown: Study, site: SiteFile | None) -> str:
+    made = Published(shown.name, shown.digest, "", int(START))
+    return "\n".join(words.describe(shown, made, Enrolment("a", "h:1", "Test", "", 0), site))
+
+
+def test_a_study_is_told_in_words() -> None:
+    text = told(study(), site_file(policy=Policy(round_metrics_to=2)))
+    for phrase in (
+        "Pneumonia on chest films",
+        "Who asks: the coordinator of Test, on 2027-01-15",
+        "For what: Find pneumonia",
+        "images, prepared as 2-D arrays of 28 x 28",
+        "5 rounds; in each, 4 optimiser steps",
+        "At least 2 hospitals",
+        "code that a coordinator sends is never run",
+        "rounded to 2 decimals",
+        "What never leaves",
+        "no differential privacy",
+    ):
+        assert phrase in text
+
+
+def test_the_privacy_that_is_told_is_the_stricter_one() -> None:
+    asked = Privacy(epsilon=8, delta=1e-5)
+    text = told(replace(study(), privacy=asked), site_file(privacy=SitePrivacy(epsilon=2)))
+    assert "epsilon 2," in text
+    assert "this hospital's own limit" in text
+    text = told(replace(study(), privacy=asked), site_file(privacy=SitePrivacy(epsilon=20)))
+    assert "epsilon 8," in text
+    assert "own limit" not in text
+
+
+def test_sums_are_told_only_where_they_leave() -> None:
+    federated = {"dimensions": 2, "size": [28, 28], "intensity": "federated"}
+    assert "sums over the training cases" in told(study(image=federated), None)
+    assert "no sums" in told(study(), None)

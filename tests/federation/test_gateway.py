@@ -1,0 +1,521 @@
+"""The gateway over real TLS on loopback: who gets in, who does not, and when that changes."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from medfl import __version__
+from medfl.client import coordinator, enrolment, witness
+from medfl.client.coordinator import Line, connected
+from medfl.client.home import Home
+from medfl.common import certificates, coordination, invitation
+from medfl.common.certificates import Wanted
+from medfl.common.coordination import (
+    AskStudies,
+    Bye,
+    Done,
+    Enrol,
+    Enrolled,
+    Report,
+    Studies,
+    Welcome,
+)
+from medfl.common.errors import ConfigError, FederationError, PolicyRefused
+from medfl.common.invitation import Token
+from medfl.common.signing import public_of
+from medfl.server import authority, heads
+from medfl.server.authority import DAY_S
+from medfl.server.federation import Federation
+from medfl.server.gateway import Gateway, Peers, Sessions
+from medfl.server.settings import ServerSettings, open_federation
+
+import grpc  # isort: skip
+
+
+@dataclass
+class Clock:
+    """TLS looks at the real clock, so this one starts there."""
+
+    offset: float = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.offset
+
+
+@dataclass
+class World:
+    """One coordinator that listens, with a clock that can be moved and a folder for sites."""
+
+    federation: Federation
+    settings: ServerSettings
+    gateway: Gateway
+    clock: Clock
+    folder: Path
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.gateway.port}"
+
+    def invited(self, site: str, hours: float = 24) -> Token:
+        return authority.invite(self.federation, site, hours)
+
+    def joined(self, site: str) -> Home:
+        home = Home(self.folder / site, self.clock)
+        enrolment.enrol(home, self.address, self.invited(site))
+        return home
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    clock = Clock()
+    settings = ServerSettings(name="Test", listen="127.0.0.1:0", workers=8)
+    authority.init(tmp_path / "fed", settings, clock())
+    federation = open_federation(tmp_path / "fed", clock)
+    gateway = Gateway(federation, settings)
+    gateway.start()
+    yield World(federation, settings, gateway, clock, tmp_path)
+    gateway.stop(0)
+
+
+def studies(line: Line) -> Studies:
+    return line.call("Studies", AskStudies(), Studies)
+
+
+def test_a_site_enrols_and_speaks_under_its_own_name(world: World) -> None:
+    home = world.joined("st-marys")
+    assert home.folder.stat().st_mode & 0o777 == 0o700
+    assert all(p.stat().st_mode & 0o077 == 0 for p in home.folder.rglob("*"))
+    assert home.enrolment().coordinator_key == public_of(world.federation.signing_key())
+    assert enrolment.authority_fingerprint(home) == authority.authority_fingerprint(
+        world.federation
+    )
+    with enrolment.line_to(home) as line:
+        assert studies(line).published == ()
+    key = certificates.key_pem(home.identity()[0])
+    assert not [
+        p for p in world.federation.folder.rglob("*") if p.is_file() and key in p.read_bytes()
+    ]
+
+
+def test_enrolling_twice_changes_nothing_and_another_site_needs_another_folder(
+    world: World,
+) -> None:
+    token = world.invited("a")
+    home = Home(world.folder / "a", world.clock)
+    first = enrolment.enrol(home, world.address, token)
+    files = {p: p.read_bytes() for p in home.folder.iterdir()}
+    assert enrolment.enrol(home, world.address, token) == first
+    assert {p: p.read_bytes() for p in home.folder.iterdir()} == files
+    with pytest.raises(ConfigError, match="enrolled already, as a"):
+        enrolment.enrol(home, world.address, world.invited("b"))
+
+
+def test_an_enrolment_whose_answer_was_lost_goes_on_with_the_same_keys(world: World) -> None:
+    token = world.invited("a")
+    home = Home(world.folder / "a", world.clock)
+    enrolment.enrol(home, world.address, token)
+    identity = home.identity_file.read_bytes()
+    pending = home.folder / "identity.new"
+    pending.write_bytes(certificates.key_pem(home.identity()[0]))
+    pending.chmod(0o600)
+    for lost in (home.enrolment_file, home.identity_file, home.authority_file):
+        lost.unlink()
+    enrolment.enrol(home, world.address, token)
+    assert home.identity_file.read_bytes() == identity
+
+
+def test_a_replayed_token_is_refused_over_the_wire(world: World) -> None:
+    token = world.invited("a")
+    enrolment.enrol(Home(world.folder / "a", world.clock), world.address, token)
+    with pytest.raises(PolicyRefused, match="has been used"):
+        enrolment.enrol(Home(world.folder / "thief", world.clock), world.address, token)
+
+
+def test_a_token_older_than_24_hours_is_refused_over_the_wire(world: World) -> None:
+    token = world.invited("a")
+    world.clock.offset = 24 * 3600 + 1
+    site = Home(world.folder / "a")
+    with pytest.raises(PolicyRefused, match="has expired"):
+        enrolment.enrol(site, world.address, token)
+    world.clock.offset = 0
+    enrolment.enrol(site, world.address, token)
+
+
+def test_without_a_certificate_there_is_not_even_a_handshake(world: World) -> None:
+    roots = certificates.pem_of(world.federation.authority()[1]).encode()
+    name = certificates.server_name(world.federation.authority()[1])
+    options = [("grpc.ssl_target_name_override", name)]
+    credentials = grpc.ssl_channel_credentials(roots)
+    with grpc.secure_channel(world.address, credentials, options) as channel:
+        for method in ("Enrol", "Studies", "Hello"):
+            with pytest.raises(grpc.RpcError) as refused:
+                channel.unary_unary(f"/medfl.Coordinator/{method}")(b"{}", timeout=5)
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    with grpc.insecure_channel(world.address) as channel, pytest.raises(grpc.RpcError):
+        channel.unary_unary("/medfl.Coordinator/Studies")(b"{}", timeout=5)
+
+
+@pytest.mark.parametrize("method", [m for m in coordination.METHODS if m != "Enrol"])
+def test_with_a_token_only_enrolment_answers(world: World, method: str) -> None:
+    token = world.invited("a")
+    key, guest = invitation.guest_certificate(token, world.clock())
+    with connected(world.address, invitation.authority_of(token), key, guest) as line:
+        call = line.channel.unary_unary(f"/medfl.Coordinator/{method}")
+        with pytest.raises(grpc.RpcError) as refused:
+            call(b"{}", timeout=5)
+        assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_site_cannot_enrol_and_unknown_calls_do_not_answer(world: World) -> None:
+    home = world.joined("a")
+    with enrolment.line_to(home) as line:
+        with pytest.raises(PolicyRefused, match="needs a token"):
+            line.call("Enrol", Enrol("b", "", "", ""), Enrolled)
+        for path in ("/medfl.Coordinator/Init", "/v1/control/list-runs", "/docs"):
+            with pytest.raises(grpc.RpcError) as refused:
+                line.channel.unary_unary(path)(b"{}", timeout=5)
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_certificate_of_another_authority_is_refused_by_both_sides(
+    world: World, tmp_path: Path
+) -> None:
+    home = world.joined("a")
+    authority.init(tmp_path / "evil", ServerSettings(name="Evil"), world.clock())
+    evil = open_federation(tmp_path / "evil", world.clock)
+    key, own = evil.authority()
+    mine = certificates.new_tls_key()
+    wanted = Wanted("a", world.clock(), DAY_S, use="client")
+    made = certificates.issue(wanted, mine.public_key(), certificates.common_name(own.subject), key)
+    with connected(world.address, home.authority(), mine, made) as line:
+        with pytest.raises(FederationError, match="cannot be reached"):
+            studies(line)
+    # The same name on a server of another authority: the site sends nothing.
+    gateway = Gateway(evil, replace(world.settings, listen="127.0.0.1:0"))
+    gateway.start()
+    try:
+        with enrolment.line_to(home, f"127.0.0.1:{gateway.port}") as line:
+            with pytest.raises(FederationError, match="is not the coordinator"):
+                studies(line)
+    finally:
+        gateway.stop(0)
+
+
+def test_a_site_cannot_pose_as_the_gateway(world: World) -> None:
+    """Its certificate is of the right authority, but for a client and without the name."""
+    home, other = world.joined("a"), world.joined("b")
+    key, shown = other.identity()
+    server = grpc.server(ThreadPoolExecutor(1))
+    pair = (certificates.key_pem(key), certificates.pem_of(shown).encode())
+    roots = certificates.pem_of(home.authority()).encode()
+    port = server.add_secure_port(
+        "127.0.0.1:0", grpc.ssl_server_credentials([pair], roots, require_client_auth=True)
+    )
+    server.start()
+    try:
+        with enrolment.line_to(home, f"127.0.0.1:{port}") as line:
+            with pytest.raises(FederationError, match="is not the coordinator"):
+                studies(line)
+    finally:
+        server.stop(0)
+
+
+def test_only_tls_1_3_is_spoken(world: World) -> None:
+    def handshake(version: ssl.TLSVersion) -> str | None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.minimum_version = context.maximum_version = version
+        with socket.create_connection(("127.0.0.1", world.gateway.port)) as plain:
+            with context.wrap_socket(plain) as secured:
+                return secured.version()
+
+    assert handshake(ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        handshake(ssl.TLSVersion.TLSv1_2)
+
+
+def test_a_revocation_holds_at_the_next_call_of_an_open_connection(world: World) -> None:
+    home = world.joined("a")
+    with enrolment.line_to(home) as line:
+        studies(line)
+        authority.revoke(world.federation, "a", "stolen laptop")
+        with pytest.raises(PolicyRefused, match="was revoked"):
+            studies(line)
+
+
+def test_an_expired_certificate_is_refused_in_mid_session(world: World) -> None:
+    home = world.joined("a")
+    with enrolment.line_to(home) as line:
+        studies(line)
+        world.clock.offset = 91 * DAY_S
+        with pytest.raises(PolicyRefused, match="has expired"):
+            studies(line)
+    with pytest.raises(PolicyRefused, match="certificate has expired"):
+        with enrolment.line_to(home):
+            pass
+
+
+def test_a_certificate_expired_by_the_real_clock_gets_no_handshake(world: World) -> None:
+    home = world.joined("a")
+    key, own = world.federation.authority()
+    mine, issuer = home.identity()[0], certificates.common_name(own.subject)
+    wanted = Wanted("a", world.clock() - 7200, 3600, use="client")
+    old = certificates.issue(wanted, mine.public_key(), issuer, key)
+    with connected(world.address, own, mine, old) as line:
+        with pytest.raises(FederationError, match="cannot be reached"):
+            studies(line)
+
+
+def aged(world: World, home: Home, days: float) -> None:
+    """Give the site a certificate that was made `days` ago, by the real clock too."""
+    record = world.federation.site(home.enrolment().site)
+    assert record is not None
+    key = certificates.new_tls_key()
+    world.clock.offset = -days * DAY_S
+    request = certificates.request(record.name, key)
+    pem = authority.renew(world.federation, record, request, 90).certificate
+    world.clock.offset = 0
+    shown = certificates.load_certificate(pem.encode(), "test")
+    certificates.save_pair(home.identity_file, key, shown)
+
+
+def test_a_certificate_renews_itself_when_a_third_of_its_life_is_left(world: World) -> None:
+    home = world.joined("a")
+    aged(world, home, 59)
+    before = home.identity_file.read_bytes()
+    with enrolment.line_to(home) as line:
+        studies(line)
+    assert home.identity_file.read_bytes() == before
+    aged(world, home, 61)
+    old_key = certificates.key_pem(home.identity()[0])
+    with enrolment.line_to(home) as line:
+        studies(line)
+    key, shown = home.identity()
+    assert certificates.key_pem(key) != old_key
+    assert certificates.ends_at(shown) - world.clock() == pytest.approx(90 * DAY_S, abs=60)
+    record = world.federation.site("a")
+    assert record is not None
+    assert record.certificate == certificates.digest_of(shown)
+
+
+def test_a_coordinator_that_is_away_does_not_stop_a_certificate_that_holds(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = world.joined("a")
+    world.clock.offset = 80 * DAY_S
+    assert not enrolment.renew_if_due(home, "127.0.0.1:1")
+    assert "ends in 10 days" in caplog.text
+
+
+def test_the_gateway_refuses_to_start_with_an_expired_certificate(world: World) -> None:
+    world.clock.offset = 91 * DAY_S
+    with pytest.raises(ConfigError, match="medfl-server renew"):
+        Gateway(world.federation, world.settings)
+    authority.renew_gateway(world.federation, world.settings)
+    Gateway(world.federation, world.settings).stop(0)
+    world.clock.offset = 3651 * DAY_S
+    with pytest.raises(ConfigError, match="authority has expired"):
+        Gateway(world.federation, world.settings)
+
+
+def test_a_port_in_use_is_said_plainly(world: World) -> None:
+    with pytest.raises(ConfigError, match="cannot be listened on"):
+        Gateway(world.federation, replace(world.settings, listen=world.address))
+
+
+def test_one_session_a_site(world: World) -> None:
+    home, other = world.joined("a"), world.joined("b")
+    now = [0.0]
+    world.gateway.peers.sessions.clock = lambda: now[0]
+    with enrolment.line_to(home) as line, enrolment.line_to(other) as second:
+        enrolment.greet(home, line, "first", __version__)
+        enrolment.greet(other, second, "first", __version__)
+        with pytest.raises(PolicyRefused, match="try again in 20 s"):
+            enrolment.greet(home, line, "second", __version__)
+        enrolment.greet(home, line, "first", __version__)
+        now[0] = 15
+        line.call("Report", Report("first", "waiting"), Done)
+        with pytest.raises(PolicyRefused, match="is not live"):
+            line.call("Report", Report("second", "waiting"), Done)
+        now[0] = 30
+        with pytest.raises(PolicyRefused, match="try again in 5 s"):
+            enrolment.greet(home, line, "second", __version__)
+        now[0] = 36
+        enrolment.greet(home, line, "second", __version__)
+        line.call("Bye", Bye("first"), Done)
+        with pytest.raises(PolicyRefused):
+            enrolment.greet(home, line, "third", __version__)
+        line.call("Bye", Bye("second"), Done)
+        enrolment.greet(home, line, "third", __version__)
+    whats = [line["what"] for line in world.federation.audit.lines()]
+    assert whats.count("second session refused") == 3
+
+
+def test_other_sites_keys_are_pinned_and_a_changed_one_is_refused(world: World) -> None:
+    home, other = world.joined("a"), world.joined("b")
+    with enrolment.line_to(home) as line:
+        enrolment.greet(home, line, "s", __version__)
+    pinned = home.enrolment().sites
+    record = world.federation.site("b")
+    assert record is not None
+    assert pinned == {"b": record.signing_key}
+    token = authority.invite(world.federation, "b", 24, again=True)
+    enrolment.enrol(Home(world.folder / "b2", world.clock), world.address, token)
+    with enrolment.line_to(home) as line:
+        with pytest.raises(PolicyRefused, match="not the one that was pinned"):
+            enrolment.greet(home, line, "s", __version__)
+        enrolment.forget_site(home, "b")
+        enrolment.greet(home, line, "s", __version__)
+    assert home.enrolment().sites != pinned
+    # The old folder of b is shut out by the new enrolment.
+    with enrolment.line_to(other) as line, pytest.raises(PolicyRefused, match="replaced"):
+        studies(line)
+
+
+def test_clocks_that_differ_are_named(world: World) -> None:
+    home = world.joined("a")
+    slow = Home(home.folder, lambda: world.clock() - 600)
+    with enrolment.line_to(slow) as line:
+        with pytest.raises(FederationError, match=r"clock skew.*10 minutes behind"):
+            enrolment.greet(slow, line, "s", __version__)
+
+
+def test_heads_are_exchanged_and_each_side_can_show_what_was_cut(world: World) -> None:
+    home = world.joined("a")
+    with enrolment.line_to(home) as line:
+        for _ in range(3):
+            witness.exchange(home, line)
+    mine, theirs = witness.check(home), heads.check(world.federation)
+    assert (mine.bad, mine.heads, mine.doubtful) == (None, 3, 0)
+    assert (theirs.bad, theirs.heads, theirs.doubtful) == (None, 2, 0)
+    for path, check in (
+        (home.audit.path, lambda: witness.check(home).bad),
+        (world.federation.audit.path, lambda: heads.check(world.federation).bad),
+    ):
+        whole = path.read_bytes()
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-4]))
+        bad = check()
+        assert bad is not None
+        assert "countersigned" in bad.why
+        path.write_bytes(whole)
+        assert check() is None
+
+
+def test_a_log_that_was_rolled_back_is_refused_by_the_other_side(world: World) -> None:
+    home = world.joined("a")
+    with enrolment.line_to(home) as line:
+        witness.exchange(home, line)
+        witness.exchange(home, line)
+        whole = home.audit.path.read_bytes()
+        home.audit.path.write_bytes(whole.splitlines(keepends=True)[0])
+        with pytest.raises(PolicyRefused, match="audit log of a had"):
+            witness.exchange(home, line)
+        home.audit.path.write_bytes(whole)
+        # And the coordinator's: as if it were restored from an old backup.
+        theirs = world.federation.audit.path
+        theirs.write_bytes(b"".join(theirs.read_bytes().splitlines(keepends=True)[:3]))
+        (world.federation.state / "heads" / "a.json").unlink()
+        with pytest.raises(FederationError, match="coordinator's audit log had"):
+            witness.exchange(home, line)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b'{"session":1,"version":"x"}',
+        b'{"session":"s","version":"x","more":1}',
+        b"[" * 100_000,
+        b'{"session":"' + b"x" * coordination.MAX_BODY + b'","version":"x"}',
+    ],
+)
+def test_nonsense_is_refused_and_not_repeated(
+    world: World, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = world.joined("a")
+    caplog.set_level(logging.DEBUG)
+    with enrolment.line_to(home) as line:
+        with pytest.raises(grpc.RpcError) as refused:
+            line.channel.unary_unary("/medfl.Coordinator/Hello")(body, timeout=5)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "same version" in str(refused.value.details())
+        assert len(caplog.text) < 5000
+        assert isinstance(enrolment.greet(home, line, "s", __version__), Welcome)
+
+
+def test_a_body_above_the_cap_is_not_read(world: World) -> None:
+    home = world.joined("a")
+    with enrolment.line_to(home) as line:
+        options = [("grpc.max_send_message_length", -1)]
+        key, shown = home.identity()
+        credentials = grpc.ssl_channel_credentials(
+            certificates.pem_of(home.authority()).encode(),
+            certificates.key_pem(key),
+            certificates.pem_of(shown).encode(),
+        )
+        name = certificates.server_name(home.authority())
+        options += [("grpc.ssl_target_name_override", name)]
+        with grpc.secure_channel(world.address, credentials, options) as channel:
+            with pytest.raises(grpc.RpcError) as refused:
+                channel.unary_unary("/medfl.Coordinator/Hello")(bytes(9 * 2**20), timeout=10)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        studies(line)
+
+
+def test_another_service_of_the_port_learns_the_caller_from_the_certificate(
+    tmp_path: Path,
+) -> None:
+    clock = Clock()
+    settings = ServerSettings(name="Test", listen="127.0.0.1:0", workers=4)
+    authority.init(tmp_path / "fed", settings, clock())
+    federation = open_federation(tmp_path / "fed", clock)
+    peers = Peers(federation, Sessions())
+
+    def say(body: bytes, context: grpc.ServicerContext) -> bytes:
+        return peers.site_of(context).encode()
+
+    echo = grpc.method_handlers_generic_handler(
+        "other.Service", {"Who": grpc.unary_unary_rpc_method_handler(say)}
+    )
+    gateway = Gateway(federation, settings, peers, [echo])
+    gateway.start()
+    world = World(federation, settings, gateway, clock, tmp_path)
+    try:
+        home, token = world.joined("a"), world.invited("b")
+        with enrolment.line_to(home) as line:
+            who = line.channel.unary_unary("/other.Service/Who")
+            assert who(b"b", timeout=5) == b"a"
+            authority.revoke(federation, "a", "gone")
+            with pytest.raises(grpc.RpcError, match="revoked"):
+                who(b"", timeout=5)
+        key, guest = invitation.guest_certificate(token, clock())
+        with connected(world.address, invitation.authority_of(token), key, guest) as line:
+            with pytest.raises(grpc.RpcError, match="only serves to enrol"):
+                line.channel.unary_unary("/other.Service/Who")(b"", timeout=5)
+    finally:
+        gateway.stop(0)
+
+
+def test_an_address_that_nobody_answers_at_is_said_plainly(world: World) -> None:
+    home = world.joined("a")
+    with enrolment.line_to(home, "127.0.0.1:1") as line:
+        with pytest.raises(FederationError, match="cannot be reached"):
+            studies(line)
+    assert coordinator.MAX_SKEW_S == 300
+
+
+@pytest.mark.parametrize("address", ["host", "host:", "host:x", ":443", "https://host:443", "h:0"])
+def test_an_address_has_host_and_port(world: World, address: str) -> None:
+    with pytest.raises(ConfigError, match="host and port"):
+        enrolment.enrol(Home(world.folder / "a"), address, world.invited("a"))
