@@ -56,6 +56,7 @@ class Trainer:
         self._pipe: Connection | None = None
         self._lock = threading.Lock()
         self._fresh = True
+        self._closing = False
 
     @classmethod
     def for_hospitals(cls, where: str, argument: str, log_file: Path) -> Trainer:
@@ -89,12 +90,14 @@ class Trainer:
                 return self._received(self._limit_s)
             except (EOFError, OSError):
                 code = self._ended()
-                log.warning("the training process ended (exit code %s); it is replaced", code)
-                self._start()
+                if not self._closing:
+                    log.warning("the training process ended (exit code %s); it is replaced", code)
+                    self._start()
                 raise TrainerDied(f"The training process ended (exit code {code}).") from None
 
     def stop(self) -> None:
         """End the process; a task in it is lost."""
+        self._closing = True
         process = self._process
         if process is not None and process.poll() is None:
             process.terminate()
@@ -103,7 +106,8 @@ class Trainer:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._close()
+        with self._lock:
+            self._close()
 
     def _sent(self, task: bytes) -> None:
         if self._pipe is None:

@@ -79,7 +79,7 @@ class Forwarder:
         patience_s = _HEARTBEAT_S if path == tunnel.HEARTBEAT else float("inf")
         started, wait_s = time.monotonic(), _FIRST_WAIT_S
         while not self.stopping.is_set() and time.monotonic() - started < patience_s:
-            answer = self._once(call, patience_s, tick)
+            answer = self._once(call, started + patience_s - time.monotonic(), tick)
             if answer is not None and answer.status in _UNDERSTOOD:
                 if path == tunnel.PULL and answer.body:
                     self.mail.set()
@@ -91,17 +91,17 @@ class Forwarder:
             if answer is not None and answer.status != 503:
                 log.error("the coordinator refused %s with %d", path, answer.status)
                 return Answer(503 if path == tunnel.HEARTBEAT else 401)
-            end = time.monotonic() + min(wait_s, patience_s)
+            end = min(time.monotonic() + wait_s, started + patience_s)
             while time.monotonic() < end and not self.stopping.is_set():
                 tick()
                 self.stopping.wait(min(1.0, max(0.0, end - time.monotonic())))
             wait_s = min(wait_s * 2, _LONGEST_WAIT_S)
         return Answer(503)
 
-    def _once(self, call: Call, patience_s: float, tick: Tick) -> Answer | None:
+    def _once(self, call: Call, limit_s: float, tick: Tick) -> Answer | None:
         """One attempt; None where the line or the coordinator is down."""
         timeout_s = _HELD_TIMEOUT_S if call.path == tunnel.PULL else _TIMEOUT_S
-        asked = self._ask.future(tunnel.encode(call), timeout=min(timeout_s, patience_s))
+        asked = self._ask.future(tunnel.encode(call), timeout=min(timeout_s, limit_s))
         try:
             while True:
                 try:

@@ -1,7 +1,8 @@
 """Envelopes as Flower's RecordDict and back: the one place where the two meet.
 
-A group of arrays travels as one safetensors text. Flower sends each Array as objects of its own,
-one call each; a network of 700 layers would cost 1400 calls a round and site.
+A group of arrays travels as one safetensors text: among the description where it is small, as an
+Array of its own, which Flower cuts into chunks, where it is not. Flower makes a call for each
+object, so that a network of 700 layers, sent as such, would cost 1400 calls a round and site.
 """
 
 from __future__ import annotations
@@ -16,15 +17,23 @@ from medfl.common.messages import Envelope
 from medfl.common.tensors import Tensors
 
 _ABOUT = "about"
+_JSON = "json"
 _PACKED = "safetensors"
+_SMALL = 1024 * 1024
 
 
 def to_record(envelope: Envelope) -> RecordDict:
-    """As a RecordDict: a ConfigRecord `about` and one ArrayRecord a group that is not empty."""
-    record = RecordDict({_ABOUT: ConfigRecord({"json": envelope.about})})
+    """As a RecordDict: a ConfigRecord `about`, and an ArrayRecord a large group."""
+    about: dict[str, str | bytes] = {_JSON: envelope.about}
+    record = RecordDict()
     for group, tensors in envelope.arrays.items():
-        if tensors:
-            record[group] = ArrayRecord({_PACKED: _packed(tensors)})
+        # Not ascontiguousarray, which turns a scalar (a batch counter) into an array of one.
+        raw = save({name: np.asarray(a, order="C") for name, a in tensors.items()})
+        if len(raw) <= _SMALL:
+            about[group] = raw
+        else:
+            record[group] = ArrayRecord({_PACKED: Array("uint8", (len(raw),), _PACKED, raw)})
+    record[_ABOUT] = ConfigRecord(dict(about))
     return record
 
 
@@ -35,23 +44,22 @@ def from_record(record: RecordDict) -> Envelope:
         FederationError: the record has no `about`, or another kind of content.
     """
     about = record.config_records.get(_ABOUT)
-    if about is None or not isinstance(about.get("json"), str):
+    text = None if about is None else about.get(_JSON)
+    if about is None or not isinstance(text, str):
         raise FederationError("A message has no description; it is refused.")
-    groups = {group: _unpacked(arrays) for group, arrays in record.array_records.items()}
-    return Envelope(str(about["json"]), groups)
+    packed = {group: raw for group, raw in about.items() if group != _JSON}
+    for group, arrays in record.array_records.items():
+        found = arrays.get(_PACKED)
+        if group in packed or found is None or len(arrays) != 1 or found.stype != _PACKED:
+            raise FederationError("A message holds arrays in a form that medfl does not send.")
+        packed[group] = found.data
+    return Envelope(text, {group: _unpacked(raw) for group, raw in packed.items()})
 
 
-def _packed(tensors: Tensors) -> Array:
-    # Not ascontiguousarray, which turns a scalar (a batch counter) into an array of one.
-    raw = save({name: np.asarray(a, order="C") for name, a in tensors.items()})
-    return Array("uint8", (len(raw),), _PACKED, raw)
-
-
-def _unpacked(arrays: ArrayRecord) -> Tensors:
-    found = arrays.get(_PACKED)
-    if found is None or len(arrays) != 1 or found.stype != _PACKED:
+def _unpacked(raw: object) -> Tensors:
+    if not isinstance(raw, bytes):
         raise FederationError("A message holds arrays in a form that medfl does not send.")
     try:
-        return dict(load(found.data))
+        return dict(load(raw))
     except SafetensorError:
         raise FederationError("A message holds arrays that are damaged; it is refused.") from None

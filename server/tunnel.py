@@ -162,7 +162,7 @@ class Gate:
         if name == "register-node":
             answer = self._pass(guest, call, body)
             # Registered at an earlier start: activation will name the node.
-            return Answer(200) if answer.status == 409 else answer
+            return Answer(200) if answer.status in (409, 412) else answer
         answer = self._pass(guest, call, body)
         if answer.status not in (200, 503) and guest.node_id is not None:
             leave = Call("", call.path.replace("activate", "deactivate"), call.headers)
@@ -235,8 +235,11 @@ class Gate:
                 log.debug("a call to the engine failed: %s", type(error).__name__)
                 continue
             self._idle.append(connection)
+            if got.status >= 500:
+                log.warning("the engine failed at a call: %d", got.status)
+                return Answer(503)
             back = {n.lower(): v for n, v in got.getheaders() if n.lower() in PASSED_BACK}
-            return Answer(503 if got.status >= 500 else got.status, back, content)
+            return Answer(got.status, back, content)
         return Answer(503)
 
     def close(self) -> None:

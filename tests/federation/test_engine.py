@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import http.client
+import io
+import os
+import signal
+import threading
+import time
+import zipfile
+
 import pytest
 
 from medfl.common import tensors
+from medfl.common.bundle import study_bundle
+from medfl.common.errors import StorageError
+from medfl.server.engine import Engine
 from medfl.simulations.run import Machine, plan_runs, run_all
 from medfl.simulations.sites import find_hospitals
 
@@ -15,11 +26,172 @@ def simulated(world, seed: int = 7):
     return run_all(runs, seed=seed, machine=Machine(workers=1))["main"]
 
 
+def until(condition, timeout_s: float = 30.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.05)
+
+
+def kill(pid: int | None) -> None:
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.slow
 def test_the_federation_ends_with_the_simulators_model_bit_for_bit(small) -> None:
     world = small()
     world.wait()
     outcome = world.engine.run(world.study, seed=7, deadline_s=60)
-    for record in outcome.records:
-        print(record.round, round(record.seconds, 3), [s["seconds"] for s in record.sites])
+    assert [r.void for r in outcome.records] == [False] * len(outcome.records)
+    expected = simulated(world)
+    assert tensors.digest(outcome.weights) == tensors.digest(expected.weights)
+    # A round without much training costs little more than its training, from the second on.
+    beyond = [r.seconds - max(s["seconds"] for s in r.sites) for r in outcome.records[1:3]]
+    assert min(beyond) < 5.0
+
+
+@pytest.mark.slow
+def test_faults_in_a_run_do_not_change_its_model(small) -> None:
+    """A SuperNode and then the SuperLink are killed between and in rounds; both come back."""
+    world = small(rounds=4, min_sites=2)
+    world.wait()
+    north, south = world.sites["north"], world.sites["south"]
+    killed: list[int] = []
+
+    def on_round(record, weights) -> None:
+        if record.round == 1:
+            kill(north.node.child.pid)
+        elif record.round == 2:
+            kill(world.engine.child.pid)
+            killed.append(record.round)
+        elif record.round == 3:
+            # The message is with the SuperNode when that dies: the site is asked again.
+            south.slow.write_text("3")
+            threading.Timer(2.0, lambda: kill(south.node.child.pid)).start()
+
+    outcome = world.engine.run(world.study, seed=7, deadline_s=120, on_round=on_round)
+    assert killed
+    assert north.node.child.starts == 2
+    assert south.node.child.starts == 2
+    assert world.engine.child.starts == 2
+    assert [r.left_out for r in outcome.records] == [{}] * len(outcome.records)
     assert tensors.digest(outcome.weights) == tensors.digest(simulated(world).weights)
+
+
+@pytest.mark.slow
+def test_a_trainer_that_dies_costs_its_site_one_round(small) -> None:
+    world = small(rounds=3)
+    world.wait()
+    south = world.sites["south"]
+    before = []
+
+    def on_round(record, weights) -> None:
+        if record.round == 1:
+            before.append(south.trainer.pid)
+            south.crash.touch()
+
+    outcome = world.engine.run(world.study, seed=7, deadline_s=120, on_round=on_round)
+    left_out = {r.round: r.left_out for r in outcome.records}
+    assert left_out[2] == {"south": "TrainerDied"}
+    assert left_out[1] == left_out[3] == {}
+    assert outcome.records[1].seconds < 20
+    assert south.trainer.pid not in before
+
+
+@pytest.mark.slow
+def test_code_in_the_bundle_is_refused_and_never_opened(small, tmp_path) -> None:
+    world = small(names=("north",), rounds=1)
+    world.wait()
+    canary = tmp_path / "canary"
+    code = f"open({str(canary)!r}, 'w').close()\n"
+    buffer = io.BytesIO(study_bundle(world.study.digest))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        for name in ("nothing.py", "nothing/__init__.py", "sitecustomize.py", "setup.py"):
+            archive.writestr(name, code + "here = None\n")
+    with pytest.raises(Exception, match=r"north \(OtherCode\)"):
+        world.engine.run(world.study, seed=7, deadline_s=60, bundle=buffer.getvalue())
+    assert not canary.exists()
+    assert list((world.folder / "data" / "north" / "client").rglob("nothing*")) == []
+    # The site is as well as before.
+    world.engine.run(world.study, seed=7, deadline_s=60)
+
+
+@pytest.mark.slow
+def test_a_site_that_is_silent_for_the_whole_deadline_is_left_out(small) -> None:
+    world = small(rounds=2)
+    world.wait()
+    south = world.sites["south"]
+
+    def on_round(record, weights) -> None:
+        if record.round == 1:
+            south.slow.write_text("30")
+
+    started = time.monotonic()
+    outcome = world.engine.run(world.study, seed=7, deadline_s=8, on_round=on_round)
+    assert outcome.records[1].left_out == {"south": "late"}
+    assert time.monotonic() - started < 60
+
+
+@pytest.mark.slow
+def test_a_second_client_of_a_site_waits_while_the_first_lives(small) -> None:
+    world = small(names=("north",), rounds=1)
+    world.wait()
+    from dataclasses import replace
+
+    first = world.sites["north"]
+    second = replace(first)
+    second.folder = first.folder
+    second.start()
+    try:
+        time.sleep(8)
+        node = world.engine.roster.node_of("north")
+        world.engine.run(world.study, seed=7, deadline_s=60)
+        assert world.engine.roster.node_of("north") == node
+        assert first.node.child.starts == 1
+    finally:
+        second.stop()
+
+
+def ask(engine: Engine, method: str, path: str, key: str | None = None) -> int:
+    host, port = engine.address.rsplit(":", 1)
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    try:
+        headers = {} if key is None else {"x-medfl-key": key}
+        connection.request(method, path, body=b"", headers=headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+@pytest.mark.slow
+def test_nobody_on_the_machine_can_call_the_engine_without_its_key(tmp_path) -> None:
+    engine = Engine(tmp_path / "coordinator")
+    engine.start()
+    try:
+        for path in (
+            "/v1/control/list-runs",
+            "/v1/control/start-run",
+            "/v1/runtime/acquire-task",
+            "/v1/fleet/register-node",
+        ):
+            assert ask(engine, "POST", path) == 401
+            assert ask(engine, "POST", path, "0" * 64) == 401
+        assert ask(engine, "GET", "/docs") == 401
+        key = (tmp_path / "coordinator" / "engine.key").read_text()
+        assert ask(engine, "GET", "/health", key) == 200
+        # Even with the key, a task is only for who can sign with it.
+        assert ask(engine, "POST", "/v1/runtime/acquire-task", key) != 200
+        assert (tmp_path / "coordinator").stat().st_mode & 0o777 == 0o700
+    finally:
+        started = time.monotonic()
+        engine.stop()
+        assert time.monotonic() - started < 12
+
+
+def test_a_key_that_others_can_read_is_refused(tmp_path) -> None:
+    engine = Engine(tmp_path)
+    (tmp_path / "engine.key").write_text("a" * 64)
+    (tmp_path / "engine.key").chmod(0o644)
+    with pytest.raises(StorageError, match="chmod 600"):
+        engine.start()

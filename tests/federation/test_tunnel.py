@@ -1,0 +1,393 @@
+"""The tunnel: what passes, who may say what, and that a cut line is no bad answer."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import grpc
+import pytest
+from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
+from flwr.proto.node_pb2 import Node
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medfl.client.tunnel import Forwarder
+from medfl.common import tunnel
+from medfl.common.errors import FederationError
+from medfl.common.tunnel import ALLOWED, Answer, Call, decode_answer, decode_call, encode
+from medfl.server.roster import Roster
+from medfl.server.tunnel import Gate, fleet_handlers
+
+FLEET = "/v1/fleet/"
+KEY = "k" * 64
+
+
+def test_a_call_and_an_answer_come_out_as_they_went_in() -> None:
+    call = Call("7", FLEET + "get-run", {"accept": "x"}, b"\x00\xffbody")
+    assert decode_call(encode(call)) == call
+    assert decode_answer(encode(Answer(200, {}, b"abc"))) == Answer(200, {}, b"abc")
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=200))
+def test_garbage_is_refused_and_never_crashes_the_decoder(raw: bytes) -> None:
+    for decode in (decode_call, decode_answer):
+        with pytest.raises(FederationError):
+            decode(raw)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b'{"status": 200}',
+        b'{"status": true, "headers": {}}',
+        b'{"status": 99, "headers": {}}',
+        b'{"status": 200, "headers": {"a": 1}}',
+        b'{"status": 200, "headers": {}, "more": 1}',
+        b"[]",
+    ],
+)
+def test_an_answer_of_another_form_is_refused(head: bytes) -> None:
+    with pytest.raises(FederationError):
+        decode_answer(len(head).to_bytes(4, "big") + head)
+
+
+class SuperLinkStandIn:
+    """Answers fleet calls as a SuperLink of one node does; `plan` overrides by call's name."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, str], bytes]] = []
+        self.plan: dict[str, Callable[[bytes], tuple[int, bytes]]] = {}
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                name = self.path.rsplit("/", 1)[1]
+                outer.calls.append((name, {k.lower(): v for k, v in self.headers.items()}, body))
+                status, answer = outer.plan.get(name, outer.usual(name))(body)
+                self.send_response(status)
+                self.send_header("content-length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.address = f"127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def usual(self, name: str) -> Callable[[bytes], tuple[int, bytes]]:
+        if name == "activate-node":
+            return lambda body: (
+                200,
+                fleet_pb2.ActivateNodeResponse(node_id=11).SerializeToString(),
+            )
+        return lambda body: (200, b"")
+
+    def names(self) -> list[str]:
+        return [name for name, _, _ in self.calls]
+
+
+@pytest.fixture
+def superlink() -> Iterator[SuperLinkStandIn]:
+    made = SuperLinkStandIn()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+@pytest.fixture
+def gate(superlink: SuperLinkStandIn) -> Iterator[Gate]:
+    made = Gate(superlink.address, KEY, Roster())
+    yield made
+    made.close()
+
+
+def call(name: str, body: bytes = b"", id: str = "1", session: str = "s") -> Call:
+    return Call(id, FLEET + name, {tunnel.SESSION: session}, body)
+
+
+def activate(gate: Gate, site: str = "north", session: str = "s") -> Answer:
+    body = fleet_pb2.ActivateNodeRequest(public_key=b"its own").SerializeToString()
+    return gate.answer(site, call("activate-node", body, id=f"{site}{session}", session=session))
+
+
+def pull(node_id: int = 11, id: str = "p") -> Call:
+    return call(
+        "pull-messages",
+        fleet_pb2.PullMessagesRequest(node=Node(node_id=node_id)).SerializeToString(),
+        id=id,
+    )
+
+
+def one_message() -> tuple[int, bytes]:
+    answer = fleet_pb2.PullMessagesResponse()
+    answer.messages_list.add().metadata.message_id = "m"
+    return 200, answer.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/list-runs",
+        "/v1/runtime/acquire-task",
+        "/docs",
+        "/health",
+        "/v1/fleet/../control/list-runs",
+        "/v1/fleet/",
+        "/v1/fleet/pull-messages?x",
+    ],
+)
+def test_only_a_supernodes_own_calls_pass(gate: Gate, superlink, path: str) -> None:
+    assert gate.answer("north", Call("1", path, {}, b"")).status == 404
+    assert superlink.calls == []
+
+
+@pytest.mark.parametrize("path", ALLOWED)
+def test_a_body_above_the_cap_does_not_reach_the_engine(gate: Gate, superlink, path: str) -> None:
+    too_large = Call("1", path, {tunnel.SESSION: "s"}, b"\0" * (ALLOWED[path] + 1))
+    assert gate.answer("north", too_large).status == 413
+    assert superlink.calls == []
+
+
+def test_the_gateway_signs_with_the_sites_own_key(gate: Gate, superlink) -> None:
+    """What the SuperNode says of its key and its clock does not get through."""
+    activate(gate)
+    activate(gate, "south")
+    keys = [fleet_pb2.ActivateNodeRequest.FromString(b).public_key for _, _, b in superlink.calls]
+    assert len(set(keys)) == 2
+    assert b"its own" not in keys
+    headers = superlink.calls[0][1]
+    assert headers["x-medfl-key"] == KEY
+    assert headers["flwr-signature"]
+
+
+def speaking_for(node_id: int) -> list[Call]:
+    node = Node(node_id=node_id)
+    push = fleet_pb2.PushMessagesRequest(node=Node(node_id=11))
+    push.messages_list.add().metadata.src_node_id = node_id
+    requests = {
+        "pull-messages": fleet_pb2.PullMessagesRequest(node=node),
+        "push-messages": push,
+        "send-node-heartbeat": heartbeat_pb2.SendNodeHeartbeatRequest(node=node),
+        "push-object": message_pb2.PushObjectRequest(node=node),
+        "pull-object": message_pb2.PullObjectRequest(node=node),
+        "confirm-message-received": message_pb2.ConfirmMessageReceivedRequest(node=node),
+        "deactivate-node": fleet_pb2.DeactivateNodeRequest(node_id=node_id),
+        "unregister-node": fleet_pb2.UnregisterNodeFleetRequest(node_id=node_id),
+    }
+    return [call(name, r.SerializeToString(), id=name) for name, r in requests.items()]
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_site_cannot_speak_for_anothers_node(gate: Gate, superlink, number: int) -> None:
+    activate(gate)
+    superlink.calls.clear()
+    assert gate.answer("north", speaking_for(12)[number]).status == 401
+    assert superlink.calls == []
+
+
+def test_garbage_in_a_body_is_refused(gate: Gate, superlink) -> None:
+    activate(gate)
+    with pytest.raises(FederationError, match="malformed"):
+        gate.answer("north", call("push-messages", b"\xff\xff\xff", id="x"))
+    assert superlink.names() == ["activate-node"]
+
+
+def test_a_repeated_call_takes_effect_once(gate: Gate, superlink) -> None:
+    """The answer got lost on the way, so the site asks again with the same id."""
+    activate(gate)
+    superlink.plan["pull-messages"] = lambda body: one_message()
+    first = gate.answer("north", pull(id="a"))
+    assert gate.answer("north", pull(id="a")) == first
+    assert superlink.names().count("pull-messages") == 1
+    gate.answer("north", pull(id="b"))
+    assert superlink.names().count("pull-messages") == 2
+
+
+def test_an_engine_that_fails_is_a_reason_to_try_again(gate: Gate, superlink) -> None:
+    activate(gate)
+    superlink.plan["pull-messages"] = lambda body: (500, b"secret details")
+    assert gate.answer("north", pull(id="a")) == Answer(503)
+    superlink.plan["pull-messages"] = lambda body: one_message()
+    assert gate.answer("north", pull(id="a")).status == 200
+
+
+def test_a_node_that_flower_still_believes_in_is_activated_all_the_same(gate, superlink) -> None:
+    """A SuperNode that was killed and is back at once would be refused for a minute."""
+    activate(gate)
+    online = [True]
+
+    def activation(body: bytes) -> tuple[int, bytes]:
+        if online[0]:
+            return 412, b"still online"
+        return 200, fleet_pb2.ActivateNodeResponse(node_id=11).SerializeToString()
+
+    def deactivation(body: bytes) -> tuple[int, bytes]:
+        online[0] = False
+        return 200, b""
+
+    superlink.plan |= {"activate-node": activation, "deactivate-node": deactivation}
+    body = fleet_pb2.ActivateNodeRequest(public_key=b"another").SerializeToString()
+    assert gate.answer("north", call("activate-node", body, id="again")).status == 200
+
+
+def test_one_session_a_site_and_a_second_waits_until_it_is_silent(gate, superlink, monkeypatch):
+    activate(gate, session="first")
+    assert activate(gate, session="second").status == 503
+    assert gate.answer("north", call("pull-messages", session="second")).status == 401
+    monkeypatch.setattr("medfl.server.tunnel._LIVE_S", 0.0)
+    assert activate(gate, session="second").status == 200
+
+
+def test_a_pull_is_held_until_the_bell_rings(superlink) -> None:
+    roster = Roster()
+    gate = Gate(superlink.address, KEY, roster)
+    activate(gate)
+    there = threading.Event()
+    superlink.plan["pull-messages"] = lambda body: one_message() if there.is_set() else (200, b"")
+    answers: list[Answer] = []
+    thread = threading.Thread(target=lambda: answers.append(gate.answer("north", pull())))
+    thread.start()
+    time.sleep(0.5)
+    assert thread.is_alive()
+    there.set()
+    rang = time.monotonic()
+    roster.ring()
+    thread.join(timeout=3)
+    assert time.monotonic() - rang < 1.0
+    assert answers[0].body == one_message()[1]
+    gate.close()
+
+
+def test_what_a_supernode_took_with_it_is_known_to_be_lost() -> None:
+    roster = Roster()
+    roster.arrived("north", 11)
+    roster.gave("north", ["a", "b"])
+    roster.got("north", ["a"])
+    assert not roster.was_lost("b")
+    roster.arrived("north", 11)
+    assert not roster.was_lost("a")
+    assert roster.was_lost("b")
+    assert not roster.was_lost("b")
+
+
+class Far:
+    """A gateway with the tunnel, on a port that stays the same when it is started again."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.start()
+
+    def start(self) -> None:
+        self._server = grpc.server(ThreadPoolExecutor(8), options=tunnel.GRPC_OPTIONS)
+        self._server.add_generic_rpc_handlers([fleet_handlers(self._gate, lambda c: "north")])
+        assert self._server.add_insecure_port(f"127.0.0.1:{self.port}") == self.port
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop(grace=None).wait()
+
+
+@pytest.fixture
+def line(gate: Gate) -> Iterator[tuple[Far, Forwarder, str]]:
+    far = Far(gate)
+    options = [*tunnel.GRPC_OPTIONS, ("grpc.max_reconnect_backoff_ms", 500)]
+    with grpc.insecure_channel(f"127.0.0.1:{far.port}", options=options) as channel:
+        forwarder = Forwarder(channel)
+        address = forwarder.start()
+        yield far, forwarder, address
+        forwarder.stop()
+    far.stop()
+
+
+def post(address: str, name: str, body: bytes, path: str = FLEET) -> tuple[int, bytes]:
+    host, port = address.rsplit(":", 1)
+    connection = http.client.HTTPConnection(host, int(port), timeout=40)
+    try:
+        connection.request("POST", path + name, body=body)
+        got = connection.getresponse()
+        return got.status, got.read()
+    finally:
+        connection.close()
+
+
+def activation() -> bytes:
+    return fleet_pb2.ActivateNodeRequest(public_key=b"x").SerializeToString()
+
+
+def test_a_call_waits_while_the_line_is_cut(line, superlink) -> None:
+    far, _, address = line
+    assert post(address, "activate-node", activation())[0] == 200
+    far.stop()
+    got: list[tuple[int, bytes]] = []
+    thread = threading.Thread(
+        target=lambda: got.append(post(address, "pull-messages", pull().body))
+    )
+    superlink.plan["pull-messages"] = lambda body: one_message()
+    thread.start()
+    time.sleep(1.5)
+    assert got == []
+    far.start()
+    thread.join(timeout=20)
+    assert got == [one_message()]
+
+
+@pytest.mark.parametrize(("status", "given"), [(404, 401), (412, 401), (401, 401), (403, 403)])
+def test_a_supernode_gets_only_answers_that_it_understands(line, superlink, status, given) -> None:
+    _, _, address = line
+    post(address, "activate-node", activation())
+    superlink.plan["get-run"] = lambda body: (status, b"")
+    body = pull().body
+    assert post(address, "get-run", body)[0] == given
+
+
+def test_a_heartbeat_that_fails_may_be_repeated(line, superlink) -> None:
+    """Any other answer would end the thread that sends them."""
+    far, _, address = line
+    post(address, "activate-node", activation())
+    body = heartbeat_pb2.SendNodeHeartbeatRequest(node=Node(node_id=11)).SerializeToString()
+    assert post(address, "send-node-heartbeat", body)[0] == 200
+    superlink.plan["send-node-heartbeat"] = lambda body: (412, b"")
+    assert post(address, "send-node-heartbeat", body)[0] == 503
+    far.stop()
+    started = time.monotonic()
+    assert post(address, "send-node-heartbeat", body)[0] == 503
+    assert time.monotonic() - started < 5
+    far.start()
+
+
+def test_the_forwarder_lets_nothing_else_out(line, superlink) -> None:
+    _, _, address = line
+    assert post(address, "list-runs", b"", path="/v1/control/")[0] == 404
+    assert post(address, "pull-messages", b"\0" * 5000)[0] == 413
+    assert superlink.calls == []
+
+
+def test_a_pull_of_a_dead_supernode_takes_no_message_with_it(line, superlink, gate) -> None:
+    _, _, address = line
+    post(address, "activate-node", activation())
+    host, port = address.rsplit(":", 1)
+    dead = http.client.HTTPConnection(host, int(port), timeout=40)
+    dead.request("POST", FLEET + "pull-messages", body=pull().body)
+    time.sleep(0.5)
+    dead.close()
+    time.sleep(2.5)  # noticed
+    superlink.plan["pull-messages"] = lambda body: one_message()
+    before = superlink.names().count("pull-messages")
+    assert post(address, "pull-messages", pull().body) == one_message()
+    assert superlink.names().count("pull-messages") == before + 1
