@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medfl import __version__
+from medfl.client.cli_federation import add_federation_commands
 from medfl.common import cli
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog=cli.EXIT_CODES,
 )
+add_federation_commands(app)
 
 
 def main(argv: list[str] | None = None) -> int:

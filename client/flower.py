@@ -55,19 +55,27 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
     """A ClientApp that answers for the hospital which `find_hospital` knows the context by.
 
     Flower's message types are query.prepare, train.round and evaluate.finish; all take the same
-    way, because the instruction itself says what is asked.
+    way, because the instruction itself says what is asked. Where `find_hospital` has a `seal`
+    (`medfl.client.approved`), each answer gets one.
     """
     app = ClientApp()
+    seal = getattr(find_hospital, "seal", None)
 
     def handle(message: Message, context: Context) -> Message:
-        hospital = find_hospital(context)
-        asked = unpack_instruction(from_record(message.content))
+        received = from_record(message.content)
+        asked = unpack_instruction(received)
+        site = str(getattr(find_hospital, "name", ""))
         try:
+            hospital = find_hospital(context)
+            site = hospital.name
             reply = answer(hospital, asked)
         except Exception as error:
             log.exception("round=%d could not be answered", asked.round)
-            reply = refusal(hospital.name, error, asked.round)
-        return Message(to_record(pack(reply)), reply_to=message)
+            reply = refusal(site, error, asked.round)
+        envelope = pack(reply)
+        if seal is not None:
+            envelope = seal(received.about, asked, envelope)
+        return Message(to_record(envelope), reply_to=message)
 
     app.query("prepare")(handle)
     app.train("round")(handle)

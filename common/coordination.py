@@ -120,9 +120,10 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Studies:
-    """All published studies, newest first."""
+    """All published studies, newest first. now: the server's clock."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    now: float
     published: tuple[Published, ...] = ()
 
 

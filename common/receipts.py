@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 from pydantic import ConfigDict, ValidationError
 
 from medfl.common import tensors
@@ -29,6 +30,8 @@ from medfl.common.signing import SigningKey, canonical, is_signed, sign
 log = logging.getLogger(__name__)
 
 _PURPOSE = "message"
+_GROUP = "seal"
+_MAX_TEXT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +39,17 @@ class Seal:
     """What a signature over one message says.
 
     study: digest. run: name of the run. kind: prepare, round or finish; with "ask " before it, the
-        coordinator's instruction to the site. attempt: a round that is repeated after a fault has
-        another. site: who sends (or, for an instruction, to whom). content: SHA-256 of the
-        message, `content_of`. signature: base64, by the sender's pinned key.
+        coordinator's instruction to the site. asked: SHA-256 of the JSON part of the instruction
+        that is answered, `asked_by`. attempt: a round that is repeated after a fault has another.
+        site: who sends (or, for an instruction, to whom). content: SHA-256 of the message,
+        `content_of`. signature: base64, by the sender's pinned key.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
     study: str
     run: str
     kind: str
+    asked: str
     round: int
     attempt: int
     site: str
@@ -54,7 +59,8 @@ class Seal:
     @property
     def slot(self) -> str:
         """The one place that a message with this seal may fill."""
-        return f"{self.study}/{self.run}/{self.kind}/{self.round}/{self.attempt}/{self.site}"
+        exchange = f"{self.study}/{self.run}/{self.kind}/{self.asked}"
+        return f"{exchange}/{self.round}/{self.attempt}/{self.site}"
 
 
 def content_of(envelope: Envelope) -> str:
@@ -64,6 +70,29 @@ def content_of(envelope: Envelope) -> str:
         sha.update(hashlib.sha256(group.encode()).digest())
         sha.update(bytes.fromhex(tensors.digest(envelope.arrays[group])))
     return sha.hexdigest()
+
+
+def asked_by(about: str) -> str:
+    """Names the instruction whose JSON part this is; two of one round differ in it."""
+    return hashlib.sha256(about.encode()).hexdigest()
+
+
+def attach(envelope: Envelope, sealed: Seal) -> Envelope:
+    """The message with its seal, as one more group of arrays."""
+    text = np.frombuffer(to_text(sealed).encode(), dtype=np.uint8)
+    return replace(envelope, arrays={**envelope.arrays, _GROUP: {_GROUP: text}})
+
+
+def detach(envelope: Envelope) -> tuple[Envelope, Seal | None]:
+    """Inverse of `attach`; None where there is no seal. Raises PolicyRefused for nonsense."""
+    if _GROUP not in envelope.arrays:
+        return envelope, None
+    rest = {name: group for name, group in envelope.arrays.items() if name != _GROUP}
+    found = envelope.arrays[_GROUP].get(_GROUP)
+    if found is None or found.dtype != np.uint8 or found.nbytes > _MAX_TEXT:
+        raise PolicyRefused("A message's seal is malformed.")
+    text = found.tobytes().decode("utf-8", "replace")
+    return replace(envelope, arrays=rest), from_text(text)
 
 
 def seal(key: SigningKey, bare: Seal) -> Seal:

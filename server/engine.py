@@ -28,6 +28,7 @@ from medfl.common.tunnel import KEY_HEADER
 from medfl.server.rounds import Outcome, RoundRecord, run_study
 
 if TYPE_CHECKING:
+    from medfl.server.admit import Door
     from medfl.server.roster import Roster
     from medfl.server.tunnel import Gate
 
@@ -118,10 +119,11 @@ class Engine:
         only: Collection[str] | None = None,
         on_round: Callable[[RoundRecord, Tensors], None] = lambda record, weights: None,
         bundle: bytes | None = None,
+        door: Door | None = None,
     ) -> Outcome:
         """Run one study with the hospitals that are connected now, or those of them in `only`.
 
-        bundle: only for tests, which send what medfl never does.
+        bundle: only for tests, which send what medfl never does. door: checks each answer's seal.
 
         Raises:
             MedflError: what `run_study` raises, or the engine refused the run.
@@ -134,7 +136,7 @@ class Engine:
         )
         completed = False
         try:
-            sites = ConnectedSites(work, self.roster, deadline_s=deadline_s, only=only)
+            sites = ConnectedSites(work, self.roster, deadline_s=deadline_s, only=only, door=door)
             outcome = run_study(study, sites, seed=seed, run=run, on_round=on_round)
             completed = True
             return outcome

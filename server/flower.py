@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from medfl.common.errors import FederationError
+from medfl.common.errors import FederationError, PolicyRefused
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
+from medfl.server.admit import Door
 from medfl.server.link import Run, UploadBroken
 from medfl.server.roster import Roster
 
@@ -62,6 +63,7 @@ class ConnectedSites:
     deadline_s: for the answers to one question, counted from when it was asked; who has not
         answered by then is a refusal. A hospital that came back without what it was given, because
         its machine restarted, is asked again. only: who may take part; None = who is connected.
+    door: checks each answer's seal and approval.
     """
 
     def __init__(
@@ -71,9 +73,10 @@ class ConnectedSites:
         *,
         deadline_s: float = 3600.0,
         only: Collection[str] | None = None,
+        door: Door | None = None,
     ) -> None:
         self._run, self._roster = run, roster
-        self._deadline_s, self._only = deadline_s, only
+        self._deadline_s, self._only, self._door = deadline_s, only, door
 
     def names(self) -> list[str]:
         """Who is connected and may take part, ascending."""
@@ -132,9 +135,16 @@ class ConnectedSites:
     def _checked(self, site: str, asked: Instruction, record: RecordDict) -> Reply:
         """The reply, if the hospital speaks for itself and about what it was asked."""
         try:
-            reply = unpack_reply(from_record(record))
+            envelope = from_record(record)
+            if self._door is None:
+                reply = unpack_reply(envelope)
+            else:
+                reply = self._door.opened(site, asked, envelope)
         except FederationError:
             return Reply(site=site, round=asked.round, refusal="malformed answer")
+        except PolicyRefused as error:
+            log.warning("round=%d an answer was refused: %s", asked.round, error)
+            return Reply(site=site, round=asked.round, refusal=str(error))
         if reply.site != site:
             log.warning("round=%d site=%s answered in another name", asked.round, site)
             return Reply(site=site, round=asked.round, refusal="answered in another name")

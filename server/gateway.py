@@ -167,7 +167,8 @@ class Coordinator:
         return Done(self._federation.clock())
 
     def studies(self, caller: SiteRecord, asked: AskStudies) -> Studies:
-        return Studies(tuple(studies.published(self._federation)))
+        found = tuple(studies.published(self._federation))
+        return Studies(now=self._federation.clock(), published=found)
 
     def decide(self, caller: SiteRecord, asked: Decide) -> Done:
         studies.decide(self._federation, caller, asked.decision)

@@ -60,7 +60,7 @@ class World:
     def call(self, method: str, message: object, answer: type) -> object:
         """As `medfl.client.coordinator.Line.call`."""
         if isinstance(message, AskStudies):
-            return Studies(tuple(studies.published(self.federation)))
+            return Studies(self.clock(), tuple(studies.published(self.federation)))
         assert isinstance(message, Decide)
         record = self.federation.site("a")
         assert record is not None

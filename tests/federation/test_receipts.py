@@ -14,11 +14,11 @@ import pytest
 
 from medfl.common.errors import PolicyRefused, StorageError
 from medfl.common.messages import Envelope
-from medfl.common.receipts import Seal, Seen, check, content_of, from_text, seal, to_text
+from medfl.common.receipts import Seal, Seen, attach, check, content_of, detach, from_text, seal, to_text
 from medfl.common.signing import new_key, public_of
 
 BARE = Seal(
-    study="s" * 64, run="main", kind="round", round=3, attempt=0, site="a", content="c" * 64
+    study="s" * 64, run="main", kind="round", asked="a" * 64, round=3, attempt=0, site="a", content="c" * 64
 )
 
 
@@ -30,6 +30,7 @@ def test_a_seal_holds_for_its_own_exchange_and_no_other(tmp_path: Path) -> None:
         {"study": "t" * 64},
         {"run": "again"},
         {"kind": "finish"},
+        {"asked": "b" * 64},
         {"round": 4},
         {"attempt": 1},
         {"site": "b"},
@@ -128,3 +129,15 @@ def test_the_content_is_everything_in_the_message() -> None:
         Envelope('{"a":1}', {"delta": weights | {"w": np.arange(4, dtype=np.float32) * -1}}),
     ]
     assert len({content_of(e) for e in [base, *others]}) == 1 + len(others)
+
+
+def test_a_seal_travels_with_its_message_and_leaves_it_as_it_was(tmp_path: Path) -> None:
+    message = Envelope('{"a":1}', {"delta": {"w": np.ones(2, np.float32)}})
+    sealed = seal(new_key(tmp_path / "k"), replace(BARE, content=content_of(message)))
+    opened, found = detach(attach(message, sealed))
+    assert found == sealed
+    assert content_of(opened) == content_of(message)
+    assert detach(message) == (message, None)
+    for wrong in (np.zeros(3, np.float32), np.zeros(5000, np.uint8), np.full(9, 255, np.uint8)):
+        with pytest.raises(PolicyRefused):
+            detach(replace(message, arrays={"seal": {"seal": wrong}}))

@@ -1,0 +1,130 @@
+"""The training process's only way to a hospital: through its approvals, asked at every message."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from medfl.client import consent
+from medfl.client.consent import Refusal, allowed
+from medfl.client.data.cases import Cohort
+from medfl.client.home import Home
+from medfl.client.hospital import Hospital, privacy_of
+from medfl.common.errors import PolicyRefused
+from medfl.common.messages import Envelope, Instruction
+from medfl.common.private_files import read_private, write_private
+from medfl.common.receipts import Seal, asked_by, attach, content_of, seal
+from medfl.common.site import Site, load_site
+from medfl.common.study import Study
+
+
+class InContext(Protocol):
+    """What is needed of Flower's Context."""
+
+    run_config: Any
+
+
+@dataclass(slots=True)
+class Approved:
+    """Finds the hospital that may answer for a study, and seals what it answers.
+
+    Between messages it keeps the cohort of the last study, which is read once.
+    """
+
+    home: Home
+    site_file: Path
+    name: str
+    _last: tuple[str, Hospital] | None = field(default=None)
+
+    def __call__(self, context: InContext) -> Hospital:
+        """The hospital, if the study is approved now.
+
+        Raises:
+            PolicyRefused: it is not, or the cases are others than those that were approved.
+        """
+        digest = str(context.run_config["study"])
+        self._refuse(digest, None)
+        if self._last is None or self._last[0] != digest:
+            site, study = load_site(self.site_file), consent.by_digest(self.home, digest)
+            self._last = digest, self._hospital(site, study)
+        hospital = self._last[1]
+        self._refuse(digest, hospital.cohort.digest)
+        return hospital
+
+    def seal(self, about: str, asked: Instruction, envelope: Envelope) -> Envelope:
+        """The answer with this site's signature. about: JSON part of the instruction as it came."""
+        bare = Seal(
+            study=asked.study_digest,
+            run=asked.run,
+            kind=asked.kind,
+            asked=asked_by(about),
+            round=asked.round,
+            attempt=0,
+            site=self.name,
+            content=content_of(envelope),
+        )
+        sealed = seal(self.home.signing_key(), bare)
+        self.home.record(
+            "answered",
+            study=asked.study_digest,
+            run=asked.run,
+            kind=asked.kind,
+            round=asked.round,
+            content=sealed.content,
+        )
+        return attach(envelope, sealed)
+
+    def _refuse(self, digest: str, cohort: str | None) -> None:
+        answer = allowed(self.home, digest, cohort)
+        if isinstance(answer, Refusal):
+            self._last = None
+            self.home.record("refused", study=digest[:64], why=answer.why)
+            raise PolicyRefused(f"Nothing is run for this study: {answer.why}.")
+
+    def _hospital(self, site: Site, study: Study) -> Hospital:
+        from medfl.client.data.cohort import build_cohort
+
+        def load() -> Cohort:
+            return build_cohort(site.data, study, cache=site.cache, site_key=site.name.encode())
+
+        private = privacy_of(study, site.privacy) is not None
+        return Hospital(
+            name=self.name,
+            study=study,
+            load_cohort=load,
+            folder=self.home.folder / "work" / study.digest[:16],
+            policy=site.policy,
+            privacy=site.privacy,
+            device=device_of(site),
+            # Without noise a known seed undoes nothing, and the same run can be repeated.
+            secret=_secret(self.home) if private else "",
+        )
+
+
+def hospitals(argument: str) -> Approved:
+    """For `medfl.client.trainer`. argument: JSON with `state` and `site`, paths."""
+    about = json.loads(argument)
+    home = Home(Path(about["state"]))
+    return Approved(home, Path(about["site"]), home.enrolment().site)
+
+
+def device_of(site: Site) -> str:
+    """cpu or cuda. Raises PolicyRefused where the site asks for a GPU that is not there."""
+    import torch
+
+    if site.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if site.device == "cuda" and not torch.cuda.is_available():
+        raise PolicyRefused("device: site.toml asks for a GPU and none can be used.")
+    return site.device
+
+
+def _secret(home: Home) -> str:
+    """Part of every seed under differential privacy; who knew it could subtract the noise."""
+    file = home.folder / "noise.key"
+    if not file.exists():
+        write_private(file, secrets.token_hex(32).encode())
+    return read_private(file).decode()

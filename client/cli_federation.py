@@ -1,0 +1,385 @@
+"""medfl-client's commands for taking part in a federation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from medfl.common import cli
+from medfl.common.errors import (
+    ConfigError,
+    DataError,
+    FederationError,
+    MedflError,
+    PolicyRefused,
+    StorageError,
+)
+
+if TYPE_CHECKING:
+    from medfl.client.home import Home
+    from medfl.common.site import Site
+    from medfl.common.study import Study
+
+State = Annotated[
+    Path,
+    typer.Option("--state", envvar="MEDFL_STATE", help="Folder of keys, approvals and the log."),
+]
+SiteFile = Annotated[
+    Path,
+    typer.Option("--site", envvar="MEDFL_SITE", help="The hospital's own file."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+HOME = Path("~/.medfl")
+SITE = Path("site.toml")
+DAY_S = 86400.0
+
+audit_app = typer.Typer(no_args_is_help=True, help="The log of what this hospital did.")
+
+
+def add_federation_commands(app: typer.Typer) -> None:
+    """Add the commands of this file, in the order of their use."""
+    for command in (enrol, studies, show, approve, withdraw, start, status, log, diagnose):
+        app.command()(command)
+    app.command("accept-key")(accept_key)
+    app.add_typer(audit_app, name="audit")
+
+
+def enrol(
+    address: Annotated[str, typer.Argument(help="host:port of the coordinator.")],
+    token: Annotated[
+        str, typer.Option(envvar="MEDFL_TOKEN", help="What the coordinator sent.")
+    ] = "",
+    token_file: Annotated[Path | None, typer.Option(help="A file that holds the token.")] = None,
+    state: State = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Join a federation: make keys here, get a certificate for them, pin the coordinator's.
+
+    The keys never leave this machine. Compare the fingerprint with the coordinator by telephone.
+
+    Example: medfl-client enrol coordinator.example:443 --token medfl1.st-marys.…
+    """
+    cli.log_to_stderr(False)
+    from medfl.client import enrolment
+    from medfl.common import invitation
+
+    text = token if token_file is None else _text(token_file)
+    if not text:
+        raise ConfigError("--token: is missing; ask the coordinator for an invitation")
+    home = _home(state)
+    made = enrolment.enrol(home, address, invitation.from_text(text))
+    fingerprint = enrolment.authority_fingerprint(home)
+    plain = {"site": made.site, "federation": made.federation, "fingerprint": fingerprint}
+    lines = [
+        f"Enrolled as {made.site} in {made.federation}. Keys are in {home.folder}.",
+        f"Compare by telephone: {fingerprint}",
+        "Next: medfl-client studies",
+    ]
+    _show(plain, lines, as_json)
+
+
+def studies(state: State = HOME, as_json: AsJson = False) -> None:
+    """List the studies that the coordinator offers, and where this hospital stands.
+
+    Example: medfl-client studies
+    """
+    from medfl.client import consent, enrolment
+
+    home = _home(state)
+    with enrolment.line_to(home) as line:
+        found = consent.fetch(home, line)
+    plain = [
+        {"name": p.name, "digest": p.digest, "verdict": consent.verdict(home, p.digest)}
+        for p in found
+    ]
+    lines = [f"{p['name']:20} {p['digest'][:12]}  {p['verdict']}" for p in plain]
+    lines = lines or ["The coordinator has published no study."]
+    _show({"studies": plain}, [*lines, "Next: medfl-client show NAME"], as_json)
+
+
+def show(
+    study: Annotated[str, typer.Argument(help="The study: name, or beginning of its digest.")],
+    state: State = HOME,
+    site: SiteFile = SITE,
+    as_json: AsJson = False,
+) -> None:
+    """Say in words what a study computes, what leaves, under which privacy, and who asks.
+
+    Example: medfl-client show lung --site site.toml
+    """
+    from medfl.client import consent, words
+
+    home = _home(state)
+    published, found = consent.find(home, study)
+    own = _site(site) if site.exists() else None
+    told = words.describe(found, published, home.enrolment(), own)
+    told += ["", f"This hospital: {consent.verdict(home, found.digest)}."]
+    told.append(f"Next: medfl-client approve {found.name}")
+    plain = {
+        "digest": found.digest,
+        "verdict": consent.verdict(home, found.digest),
+        "words": told,
+        "study": json.loads(published.study),
+    }
+    _show(plain, told, as_json)
+
+
+def approve(
+    study: Annotated[str, typer.Argument(help="The study: name, or beginning of its digest.")],
+    state: State = HOME,
+    site: SiteFile = SITE,
+    days: Annotated[float, typer.Option(help="How long the approval lasts.")] = 90.0,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check the data, then sign this study for exactly these cases, with an end.
+
+    Without it nothing runs here, whatever the coordinator sends.
+
+    Example: medfl-client approve lung --days 30
+    """
+    cli.log_to_stderr(False)
+    from medfl.client import consent, words
+
+    home, own = _home(state), _site(site)
+    published, found = consent.find(home, study)
+    cohort, cases = _checked(own, found)
+    if not as_json:
+        typer.echo("\n".join(words.describe(found, published, home.enrolment(), own)))
+        typer.echo("")
+    if not yes:
+        _ask(f"Sign {found.name} for {cases} training cases and {days:g} days?")
+    decision = consent.approve(home, found, cohort, cases, days)
+    told = _send(home, decision)
+    plain = {
+        "study": found.name,
+        "digest": found.digest,
+        "cohort": cohort,
+        "cases": cases,
+        "expires": decision.expires,
+        "sent": not told,
+    }
+    lines = [f"{found.name}: {consent.verdict(home, found.digest)}.", *told]
+    _show(plain, [*lines, "Next: medfl-client start"], as_json)
+
+
+def withdraw(
+    study: Annotated[str, typer.Argument(help="The study: name, or beginning of its digest.")],
+    state: State = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Take an approval back: here at once, and at the coordinator as soon as it hears of it.
+
+    What earlier rounds have learned stays in the model.
+
+    Example: medfl-client withdraw lung
+    """
+    from medfl.client import consent
+
+    home = _home(state)
+    _, found = consent.find(home, study)
+    decision = consent.withdraw(home, found.digest)
+    told = _send(home, decision)
+    plain = {"study": found.name, "digest": found.digest, "sent": not told}
+    _show(plain, [f"{found.name}: withdrawn. Nothing runs for it here.", *told], as_json)
+
+
+def start(
+    state: State = HOME,
+    site: SiteFile = SITE,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+) -> None:
+    """Take part in the approved studies, in the foreground, until SIGTERM or Ctrl-C.
+
+    Example: medfl-client start --site site.toml
+    """
+    cli.log_to_stderr(verbose)
+    from medfl.client import service
+
+    home, own = _home(state), _site(site)
+    if own.name != home.enrolment().site:
+        typer.echo(
+            f"{site} says {own.name}, and the federation knows this hospital as "
+            f"{home.enrolment().site}.",
+            err=True,
+        )
+    service.serve(home, site.resolve(), typer.echo)
+    typer.echo("Stopped; approvals and the log are kept.")
+
+
+def status(state: State = HOME, as_json: AsJson = False) -> None:
+    """Say who this hospital is, whether it is connected, and what it has approved.
+
+    Example: medfl-client status --json
+    """
+    from medfl.client import consent
+    from medfl.client.service import Status
+    from medfl.common import certificates
+    from medfl.common.kept import load_record
+
+    home = _home(state)
+    enrolment = home.enrolment()
+    days = (certificates.ends_at(home.identity()[1]) - home.clock()) / DAY_S
+    said = load_record(home.folder / "status.json", Status)
+    running = _running(home)
+    now = said.state if said is not None and running else "not running"
+    verdicts = {p.name: consent.verdict(home, p.digest) for p in reversed(home.published())}
+    plain = {
+        "site": enrolment.site,
+        "federation": enrolment.federation,
+        "address": enrolment.address,
+        "client": now,
+        "certificate_days": round(days, 1),
+        "studies": verdicts,
+    }
+    lines = [
+        f"{enrolment.site} in {enrolment.federation} ({enrolment.address}): {now}.",
+        f"The certificate lasts {days:.0f} days; it renews itself while the client runs.",
+        *(f"{name}: {verdict}" for name, verdict in verdicts.items()),
+        "Next: medfl-client studies" if running else "Next: medfl-client start",
+    ]
+    _show(plain, lines, as_json)
+
+
+def log(
+    state: State = HOME,
+    last: Annotated[int, typer.Option(min=1, help="So many lines.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Show the last lines of what this hospital did.
+
+    Example: medfl-client log --last 50
+    """
+    home = _home(state)
+    home.enrolment()
+    found = list(home.audit.lines())[-last:]
+    told = [
+        f"{e['n']:5} {e['at']} {e['what']} "
+        + " ".join(f"{key}={str(value)[:40]}" for key, value in e["about"].items())
+        for e in found
+    ]
+    _show({"lines": found}, [*told, "Next: medfl-client audit verify"], as_json)
+
+
+@audit_app.command()
+def verify(state: State = HOME, as_json: AsJson = False) -> None:
+    """Check the log against itself and the coordinator's signatures; 7 where a line is bad.
+
+    Example: medfl-client audit verify
+    """
+    from medfl.client import witness
+
+    checked = witness.check(_home(state))
+    if checked.bad is not None:
+        raise StorageError(f"audit.jsonl: line {checked.bad.n} {checked.bad.why}")
+    lines = [
+        f"Whole: {checked.lines} lines, {checked.heads} heads countersigned by the coordinator."
+    ]
+    if checked.doubtful:
+        lines.append(f"{checked.doubtful} countersignatures could not be checked.")
+    plain = {"lines": checked.lines, "heads": checked.heads, "doubtful": checked.doubtful}
+    _show(plain, lines, as_json)
+
+
+def diagnose(
+    state: State = HOME,
+    site: SiteFile = SITE,
+    out: Annotated[Path | None, typer.Option(help="Write the bundle here.")] = None,
+) -> None:
+    """Collect what helps to find a fault, as JSON without patients' data, names or paths.
+
+    Example: medfl-client diagnose --out diagnose.json
+    """
+    from medfl.client.diagnose import bundle
+
+    text = json.dumps(bundle(_home(state), site), indent=2)
+    if out is None:
+        typer.echo(text)
+        return
+    try:
+        out.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
+    typer.echo(f"Wrote {out}. Read it before you send it.")
+
+
+def accept_key(
+    site: Annotated[str, typer.Argument(help="Another hospital that has enrolled again.")],
+    state: State = HOME,
+) -> None:
+    """Forget another hospital's pinned key, so that its new one is pinned at the next start.
+
+    Example: medfl-client accept-key charite
+    """
+    from medfl.client import enrolment
+
+    enrolment.forget_site(_home(state), site)
+    typer.echo(f"The next key of {site} will be pinned. Next: medfl-client start")
+
+
+def _home(state: Path) -> Home:
+    from medfl.client.home import Home
+
+    return Home(state.expanduser())
+
+
+def _site(path: Path) -> Site:
+    from medfl.common.site import load_site
+
+    return load_site(path)
+
+
+def _checked(site: Site, study: Study) -> tuple[str, int]:
+    """Cohort digest and training cases, if the data serve the study. Raises DataError."""
+    from medfl.client.data.check import check_with_cohort, describe
+
+    result = check_with_cohort(site, study).result
+    if result.exit_code != 0:
+        typer.echo("\n".join(describe(result)), err=True)
+        if result.exit_code == DataError.exit_code:
+            raise DataError("The data cannot serve the study; nothing was signed.")
+        raise PolicyRefused("site.toml forbids what the study asks; nothing was signed.")
+    return result.digest, result.cases["train"]
+
+
+def _ask(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise ConfigError("There is nobody to ask: read `medfl-client show`, then say --yes")
+    typer.confirm(question, abort=True)
+
+
+def _send(home: Home, decision: Any) -> list[str]:
+    """Tell the coordinator; what to say to the person where that is not possible now."""
+    from medfl.client import consent, enrolment
+
+    try:
+        with enrolment.line_to(home) as line:
+            consent.send(home, line, decision)
+    except FederationError as error:
+        return [f"It holds here. The coordinator hears of it at the next start: {error}"]
+    return []
+
+
+def _running(home: Home) -> bool:
+    from medfl.common.private_files import only_one
+
+    try:
+        with only_one(home.folder / "client.lock", "medfl-client"):
+            return False
+    except MedflError:
+        return True
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"{path}: cannot be read as text") from None
+
+
+def _show(plain: Any, lines: list[str], as_json: bool) -> None:
+    typer.echo(json.dumps(plain) if as_json else "\n".join(lines))

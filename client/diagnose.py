@@ -1,0 +1,102 @@
+"""What helps to find a fault from afar: versions, connection, clocks, approvals; no patient data.
+
+Only what is listed here leaves: no logs, no file names, no counts of cases.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from medfl import __version__
+from medfl.client import consent, enrolment, witness
+from medfl.client.coordinator import skew_warning
+from medfl.client.home import Home
+from medfl.common import certificates
+from medfl.common.coordination import AskStudies, Studies
+from medfl.common.errors import MedflError
+from medfl.common.site import load_site
+
+_PACKAGES = ("flwr", "torch", "monai", "opacus", "grpcio", "cryptography", "numpy")
+
+
+def bundle(home: Home, site_file: Path) -> dict[str, Any]:
+    """Plain JSON; a part that fails says so by the kind of its error."""
+    return {
+        "medfl": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "free_gb": round(shutil.disk_usage(_existing(home.folder)).free / 1e9, 1),
+        "enrolment": _tried(lambda: _enrolment(home)),
+        "connection": _tried(lambda: _connection(home)),
+        "site_file": _tried(lambda: _site(site_file)),
+        "studies": _tried(lambda: _studies(home)),
+        "audit": _tried(lambda: _audit(home)),
+    }
+
+
+def _tried(part: Any) -> Any:
+    try:
+        return part()
+    except MedflError as error:
+        # The kind only: the text may name folders.
+        return {"error": type(error).__name__}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _enrolment(home: Home) -> dict[str, Any]:
+    known, shown = home.enrolment(), home.identity()[1]
+    return {
+        "site": known.site,
+        "federation": known.federation,
+        "address": known.address,
+        "authority": enrolment.authority_fingerprint(home),
+        "certificate": certificates.digest_of(shown),
+        "certificate_days": round((certificates.ends_at(shown) - home.clock()) / 86400, 1),
+        "pinned_sites": sorted(known.sites),
+    }
+
+
+def _connection(home: Home) -> dict[str, Any]:
+    with enrolment.line_to(home) as line:
+        answer = line.call("Studies", AskStudies(), Studies)
+    clocks = skew_warning(home.clock(), answer.now) or "the clocks agree"
+    return {"reached": True, "clocks": clocks}
+
+
+def _studies(home: Home) -> dict[str, str]:
+    return {p.digest: consent.verdict(home, p.digest) for p in home.published()}
+
+
+def _site(site_file: Path) -> dict[str, Any]:
+    site = load_site(site_file)
+    return {
+        "format": site.data.format,
+        "device": site.device,
+        "own_privacy": site.privacy is not None,
+        "tasks": list(site.policy.tasks),
+    }
+
+
+def _audit(home: Home) -> dict[str, Any]:
+    checked = witness.check(home)
+    bad = None if checked.bad is None else {"line": checked.bad.n, "why": checked.bad.why}
+    kinds = Counter(str(line["what"]) for line in home.audit.lines())
+    return {"lines": checked.lines, "heads": checked.heads, "bad": bad, "kinds": dict(kinds)}

@@ -1,0 +1,183 @@
+"""`medfl-client start`: the tunnel, the SuperNode and the runner, until told to stop.
+
+One outbound connection carries everything. A certificate that was renewed is taken up by ending
+this connection and beginning the next; the training process stays warm meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict
+
+from medfl import __version__
+from medfl.client import consent, enrolment, witness
+from medfl.client.coordinator import Line
+from medfl.client.home import Home
+from medfl.common.coordination import Bye, Done, Report
+from medfl.common.errors import FederationError, MedflError, PolicyRefused
+from medfl.common.kept import save_record
+from medfl.common.private_files import only_one
+
+log = logging.getLogger(__name__)
+
+_REPORT_S = 5.0
+_RENEW_S = 6 * 3600.0
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0
+FINDER = "medfl.client.approved:hospitals"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What the running client last said, for `medfl-client status`. at: seconds since 1970."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+    at: float
+    state: str
+    detail: str = ""
+
+
+def serve(
+    home: Home,
+    site_file: Path,
+    said: Callable[[str], None] = lambda text: None,
+    stopping: threading.Event | None = None,
+) -> None:
+    """Take part until SIGTERM or SIGINT, or `stopping` is set.
+
+    said: told what a person may want to see: connected, waiting, lost.
+
+    Raises:
+        PolicyRefused: the coordinator refuses this site for good (revoked, expired).
+        StorageError: another client runs on this folder.
+    """
+    stopping = stopping or threading.Event()
+    session, wait_s = secrets.token_hex(16), _FIRST_WAIT_S
+    with only_one(home.folder / "client.lock", "medfl-client"), _signals(stopping):
+        home.record("client started")
+        while not stopping.is_set():
+            started = time.monotonic()
+            try:
+                _connection(home, site_file, session, said, stopping)
+                wait_s = _FIRST_WAIT_S
+            except MedflError as error:
+                if isinstance(error, PolicyRefused) and "try again in" not in str(error):
+                    _note(home, "refused", str(error))
+                    home.record("refused by the coordinator", why=str(error)[:500])
+                    raise
+                said(f"{error} Trying again in {wait_s:.0f} s.")
+                _note(home, "not connected", str(error))
+                stopping.wait(wait_s)
+                well = time.monotonic() - started > _LONGEST_WAIT_S
+                wait_s = _FIRST_WAIT_S if well else min(2 * wait_s, _LONGEST_WAIT_S)
+        home.record("client stopped")
+        _note(home, "stopped")
+
+
+def _connection(
+    home: Home,
+    site_file: Path,
+    session: str,
+    said: Callable[[str], None],
+    stopping: threading.Event,
+) -> None:
+    """From greeting to the end of one connection: a stop, or a renewed certificate."""
+    with enrolment.line_to(home) as line:
+        enrolment.greet(home, line, session, __version__)
+        consent.fetch(home, line)
+        consent.send_all(home, line)
+        witness.exchange(home, line)
+        said(f"Connected to {line.address}. Waiting for approved studies.")
+        try:
+            with _working(home, site_file, line):
+                _report(home, line, session, said, stopping)
+        finally:
+            try:
+                line.call("Bye", Bye(session), Done)
+            except MedflError as error:
+                log.info("no goodbye: %s", error)
+
+
+@contextmanager
+def _working(home: Home, site_file: Path, line: Line) -> Iterator[None]:
+    """The processes that do the work, ended in the order that loses least."""
+    from medfl.client.runner import Node, Runner, Trainer
+    from medfl.client.tunnel import Forwarder
+
+    forwarder = Forwarder(line.channel)
+    node = Node(forwarder, home.folder / "node")
+    argument = json.dumps({"state": str(home.folder), "site": str(site_file)})
+    trainer = Trainer.for_hospitals(FINDER, argument, home.folder / "trainer.log")
+    runner = Runner(home.enrolment().site, node, trainer, forwarder.mail)
+    node.start(forwarder.start())
+    runner.start()
+    try:
+        yield
+    finally:
+        node.stop()
+        runner.stop()
+        forwarder.stop()
+
+
+def _report(
+    home: Home, line: Line, session: str, said: Callable[[str], None], stopping: threading.Event
+) -> None:
+    """Say every few seconds that this site is there; show the log's head when it has grown."""
+    renewed = time.monotonic()
+    shown, lost = home.audit.head().n, False
+    _note(home, "connected")
+    while not stopping.wait(_REPORT_S):
+        try:
+            line.call("Report", Report(session, "connected"), Done)
+            if lost:
+                said("Connected again.")
+                lost = False
+            if home.audit.head().n != shown:
+                witness.exchange(home, line)
+                consent.fetch(home, line)
+                shown = home.audit.head().n
+            _note(home, "connected")
+            if time.monotonic() - renewed > _RENEW_S:
+                renewed = time.monotonic()
+                if enrolment.renew_if_due(home, line.address):
+                    return
+        except PolicyRefused as error:
+            if "is not live" not in str(error):
+                raise
+            # The coordinator has restarted and forgotten this session.
+            enrolment.greet(home, line, session, __version__)
+        except FederationError as error:
+            # The tunnel holds the SuperNode's calls until the line is back.
+            if not lost:
+                said(f"{error} Training goes on when it is back.")
+            lost = True
+            _note(home, "not connected", str(error))
+
+
+def _note(home: Home, state: str, detail: str = "") -> None:
+    save_record(home.folder / "status.json", Status(home.clock(), state, detail))
+
+
+@contextmanager
+def _signals(stopping: threading.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT ask for the end; only the main thread can listen to them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    both = (signal.SIGTERM, signal.SIGINT)
+    before = {s: signal.signal(s, lambda *_: stopping.set()) for s in both}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

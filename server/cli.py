@@ -1,0 +1,364 @@
+"""medfl-server: what a coordinator runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from medfl import __version__
+from medfl.common import cli
+from medfl.server.cli_runs import add_run_commands
+
+if TYPE_CHECKING:
+    from medfl.server.federation import Federation
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog=cli.EXIT_CODES,
+)
+
+Folder = Annotated[
+    Path,
+    typer.Option("--folder", envvar="MEDFL_SERVER_FOLDER", help="The federation's folder."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+HERE = Path(".")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; the exit codes are those of `medfl.common.errors`."""
+    return cli.run(app, argv, "medfl-server")
+
+
+def _say_version(value: bool) -> None:
+    if value:
+        typer.echo(f"medfl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    """Coordinate studies between hospitals that keep their data.
+
+    Settings come from server.toml, then from MEDFL_SERVER_LISTEN and so on, then from flags.
+
+    Example: medfl-server init ~/fed --name "Lung study group"
+    """
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="A new folder for keys, settings and state.")],
+    name: Annotated[str, typer.Option(help="What people call the federation.")],
+    listen: Annotated[str, typer.Option(help="Address and port of the gateway.")] = "0.0.0.0:8443",
+    address: Annotated[
+        str, typer.Option(help="host:port under which hospitals reach it, for invitations.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Make a federation: its authority, the coordinator's keys and settings.
+
+    On a folder that is one already, nothing is changed.
+
+    Example: medfl-server init ~/fed --name "Lung study group" --address fed.example.org:443
+    """
+    from medfl.server import authority
+    from medfl.server.settings import ServerSettings, load_settings
+
+    settings = ServerSettings(name=name, listen=listen, address=address)
+    if faults := settings.faults():
+        from medfl.common.errors import ConfigError
+
+        raise ConfigError([f"--{fault}" for fault in faults])
+    was_there = (folder / "server.toml").exists()
+    federation = authority.init(folder, settings, time.time())
+    kept = load_settings(folder).name
+    fingerprint = authority.authority_fingerprint(federation)
+    plain = {"folder": str(folder), "name": kept, "fingerprint": fingerprint, "made": not was_there}
+    lines = [
+        f"{'Is there already' if was_there else 'Made'}: {kept}, in {folder}.",
+        f"Fingerprint of the authority: {fingerprint}",
+        "Back this folder up where only you can read it: who has keys/ is the coordinator.",
+        f"Next: medfl-server invite SITE --folder {folder}",
+    ]
+    _show(plain, lines, as_json)
+
+
+@app.command()
+def invite(
+    site: Annotated[str, typer.Argument(help="The hospital's name: letters, digits, - and _.")],
+    folder: Folder = HERE,
+    hours: Annotated[float | None, typer.Option(min=0.01, help="Life of the token.")] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="The site is enrolled and has lost its keys.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a token with which one hospital can enrol once.
+
+    Send the text over a channel that you trust, and the fingerprint over another.
+
+    Example: medfl-server invite st-marys --folder ~/fed
+    """
+    from medfl.common import invitation
+    from medfl.server import authority
+
+    federation, settings = _opened(folder)
+    life = hours or settings.invitation_hours
+    token = authority.invite(federation, site, life, again=again)
+    text, fingerprint = invitation.to_text(token), authority.authority_fingerprint(federation)
+    address = settings.address or f"COORDINATOR:{settings.listen.rpartition(':')[2]}"
+    command = f"medfl-client enrol {address} --token {text}"
+    plain = {
+        "site": site,
+        "token": text,
+        "expires": federation.clock() + life * 3600,
+        "command": command,
+        "fingerprint": fingerprint,
+    }
+    lines = [
+        f"Send this to {site}; it serves once, for {life:g} hours:",
+        "",
+        f"  {command}",
+        "",
+        f"It must then show this fingerprint; compare it over the telephone: {fingerprint}",
+        f"Next: medfl-server start --folder {folder}",
+    ]
+    _show(plain, lines, as_json)
+
+
+@app.command()
+def start(
+    folder: Folder = HERE,
+    listen: Annotated[str | None, typer.Option(help="Address and port of the gateway.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+) -> None:
+    """Answer hospitals and work off runs, in the foreground, until SIGTERM or Ctrl-C.
+
+    Example: medfl-server start --folder ~/fed
+    """
+    cli.log_to_stderr(verbose)
+    from medfl.server import service
+    from medfl.server.settings import load_settings
+
+    federation, _ = _opened(folder)
+    settings = load_settings(folder, {"listen": listen})
+
+    def ready(port: int) -> None:
+        host = settings.listen.rpartition(":")[0]
+        typer.echo(f"{federation.name}: listening on {host}:{port}. Stop with Ctrl-C.")
+        typer.echo(f"Next: medfl-server study publish STUDY.toml --folder {folder}")
+
+    service.serve(federation, settings, ready)
+    typer.echo("Stopped; nothing is lost.")
+
+
+@app.command()
+def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
+    """Say whether the server runs, who takes part and what is running.
+
+    Example: medfl-server status --folder ~/fed --json
+    """
+    from medfl.common import certificates
+    from medfl.server import authority, heads, runs, service, studies
+
+    federation, settings = _opened(folder)
+    pid, checked = service.running_pid(federation), heads.check(federation)
+    open_runs = [r for r in runs.everything(federation) if r.state not in runs.OVER]
+    days = (certificates.ends_at(federation.gateway()[1]) - federation.clock()) / 86400
+    names = [p.name for p in studies.published(federation)]
+    plain = {
+        "name": federation.name,
+        "running": pid is not None,
+        "listen": settings.listen,
+        "sites": len([s for s in federation.sites() if s.status == "active"]),
+        "studies": names,
+        "runs": {r.id: r.state for r in open_runs},
+        "certificate_days": round(days, 1),
+        "fingerprint": authority.authority_fingerprint(federation),
+        "audit": "whole" if checked.bad is None else f"line {checked.bad.n} {checked.bad.why}",
+    }
+    lines = [
+        f"{plain['name']}: the server {'runs' if pid else 'does not run'} "
+        f"({settings.listen}); its certificate lasts {days:.0f} days.",
+        f"{plain['sites']} sites; studies: {', '.join(names) or 'none'}.",
+        *(f"{r.id}: {r.state}, round {r.round} of {r.rounds}" for r in open_runs),
+        f"Audit log: {plain['audit']}.",
+        "Next: medfl-server sites, runs or log"
+        if pid
+        else f"Next: medfl-server start --folder {folder}",
+    ]
+    _show(plain, lines, as_json)
+
+
+@app.command()
+def sites(folder: Folder = HERE, as_json: AsJson = False) -> None:
+    """List hospitals: enrolled, invited or revoked, and when each was last heard.
+
+    Example: medfl-server sites --folder ~/fed
+    """
+    from medfl.common.kept import load_record
+    from medfl.server.gateway import Said
+
+    federation, _ = _opened(folder)
+    now, plain = federation.clock(), []
+    for record in federation.sites():
+        said = load_record(federation.state / "reports" / f"{record.name}.json", Said)
+        plain.append(
+            {
+                "site": record.name,
+                "status": record.status,
+                "heard_s": None if said is None else round(now - said.at),
+                "certificate_days": round((record.ends - now) / 86400, 1),
+                "signing_key": record.signing_key,
+            }
+        )
+    known = {row["site"] for row in plain}
+    for made in federation.invitations():
+        if not made.request and not made.cancelled and made.expires > now:
+            again = " again" if made.site in known else ""
+            plain.append({"site": made.site, "status": f"invited{again}", "heard_s": None})
+    lines = [_site_line(row) for row in plain] or ["No hospital yet."]
+    lines.append("Next: medfl-server invite SITE, or medfl-server study publish STUDY.toml")
+    _show({"sites": plain}, lines, as_json)
+
+
+def _site_line(row: dict[str, Any]) -> str:
+    heard = "never heard" if row["heard_s"] is None else f"heard {row['heard_s']} s ago"
+    days = row.get("certificate_days")
+    ends = "" if days is None else f", certificate for {days:.0f} days"
+    return f"{row['site']:20} {row['status']:10} {heard}{ends}"
+
+
+@app.command()
+def revoke(
+    site: Annotated[str, typer.Argument(help="The hospital to shut out.")],
+    why: Annotated[str, typer.Option(help="Kept in the audit log.")] = "",
+    folder: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Shut a hospital out; its next call is refused, also in a running server.
+
+    Example: medfl-server revoke st-marys --why "stolen laptop" --folder ~/fed
+    """
+    from medfl.server import authority
+
+    federation, _ = _opened(folder)
+    done = authority.revoke(federation, site, why)
+    text = f"{site} is shut out." if done else f"{site} was shut out before."
+    _show(
+        {"site": site, "revoked": True, "changed": done},
+        [text, f"Next, if it is to come back: medfl-server invite {site} --folder {folder}"],
+        as_json,
+    )
+
+
+@app.command()
+def renew(folder: Folder = HERE, as_json: AsJson = False) -> None:
+    """Give the gateway a new key and certificate; a running server takes them up by itself.
+
+    Hospitals renew their own. Needed only where the server was off until its certificate expired.
+
+    Example: medfl-server renew --folder ~/fed
+    """
+    from medfl.common import certificates
+    from medfl.server import authority
+
+    federation, settings = _opened(folder)
+    made = authority.renew_gateway(federation, settings)
+    federation.record("gateway renewed", certificate=certificates.digest_of(made))
+    days = (certificates.ends_at(made) - federation.clock()) / 86400
+    _show({"certificate_days": round(days)}, [f"Renewed for {days:.0f} days."], as_json)
+
+
+@app.command()
+def log(
+    folder: Folder = HERE,
+    last: Annotated[int, typer.Option(min=1, help="So many lines.")] = 20,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the chain and the sites' signatures.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the audit log's last lines, or check all of it; exit code 7 where a line is bad.
+
+    Example: medfl-server log --verify --folder ~/fed
+    """
+    from medfl.server import heads
+
+    federation, _ = _opened(folder)
+    if not verify:
+        everything = list(federation.audit.lines())[-last:]
+        told = [f"{e['n']:5} {e['at']} {e['what']} {_about(e['about'])}" for e in everything]
+        _show({"lines": everything}, told, as_json)
+        return
+    from medfl.common.errors import StorageError
+
+    checked = heads.check(federation)
+    if checked.bad is not None:
+        raise StorageError(f"audit.jsonl: line {checked.bad.n} {checked.bad.why}")
+    told = [f"Whole: {checked.lines} lines, {checked.heads} heads countersigned by sites."]
+    if checked.doubtful:
+        told.append(f"{checked.doubtful} countersignatures are of keys that are no longer known.")
+    plain = {"lines": checked.lines, "heads": checked.heads, "doubtful": checked.doubtful}
+    _show(plain, told, as_json)
+
+
+@app.command()
+def stop(
+    run: Annotated[str | None, typer.Argument(help="A run; none: the server itself.")] = None,
+    folder: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Stop a run after its present round, or the server of this folder.
+
+    Example: medfl-server stop lung-20270115-080000-ab12 --folder ~/fed
+    """
+    from medfl.server import runs, service
+
+    federation, _ = _opened(folder)
+    if run is not None:
+        changed = runs.stop(federation, run)
+        text = f"{run} ends after its present round." if changed else f"{run} is over already."
+        _show({"run": run, "changed": changed}, [text], as_json)
+        return
+    pid = service.running_pid(federation)
+    if pid is not None:
+        os.kill(pid, signal.SIGTERM)
+    text = "The server does not run." if pid is None else "The server ends within half a minute."
+    _show({"stopped": pid is not None}, [text], as_json)
+
+
+def _opened(folder: Path) -> tuple[Federation, Any]:
+    from medfl.server.settings import load_settings, open_federation
+
+    return open_federation(folder), load_settings(folder)
+
+
+def _about(about: dict[str, Any]) -> str:
+    return " ".join(f"{key}={str(value)[:40]}" for key, value in about.items())
+
+
+def _show(plain: Any, lines: list[str], as_json: bool) -> None:
+    typer.echo(json.dumps(plain) if as_json else "\n".join(lines))
+
+
+# After the others: --help lists commands in the order in which they were added.
+add_run_commands(app)
+
+if __name__ == "__main__":
+    raise SystemExit(main())

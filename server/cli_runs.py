@@ -1,0 +1,208 @@
+"""medfl-server's commands around studies and their runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from medfl.server.federation import Federation
+    from medfl.server.runs import Run
+
+Folder = Annotated[
+    Path,
+    typer.Option("--folder", envvar="MEDFL_SERVER_FOLDER", help="The federation's folder."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+HERE = Path(".")
+_LOOK_S = 0.3
+
+study_app = typer.Typer(no_args_is_help=True, help="Publish studies, and see who approves.")
+model_app = typer.Typer(no_args_is_help=True, help="Get the model of a run.")
+
+
+def add_run_commands(app: typer.Typer) -> None:
+    """Add `study`, `run`, `runs` and `model` to the command."""
+    app.add_typer(study_app, name="study")
+    app.add_typer(model_app, name="model")
+    app.command()(run)
+    app.command()(runs)
+
+
+@study_app.command()
+def publish(
+    study: Annotated[Path, typer.Argument(help="The study file (study.toml).")],
+    folder: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Check, sign and offer a study; the same study again changes nothing.
+
+    Example: medfl-server study publish lung.toml --folder ~/fed
+    """
+    from medfl.common.study import load_study
+    from medfl.server import studies
+    from medfl.server.settings import open_federation
+
+    made = studies.publish(open_federation(folder), load_study(study))
+    lines = [
+        f"Published {made.name}, digest {made.digest}.",
+        f"Hospitals now see it: medfl-client studies; medfl-client show {made.name}; "
+        f"medfl-client approve {made.name}",
+        f"Next: medfl-server run {made.name} --folder {folder}",
+    ]
+    _show({"name": made.name, "digest": made.digest}, lines, as_json)
+
+
+@study_app.command("list")
+def list_(folder: Folder = HERE, as_json: AsJson = False) -> None:
+    """List published studies, and what each hospital has decided.
+
+    Example: medfl-server study list --folder ~/fed
+    """
+    from medfl.server import studies
+    from medfl.server.settings import open_federation
+
+    federation = open_federation(folder)
+    plain, lines = [], []
+    for made in studies.published(federation):
+        stands = {}
+        for site in federation.sites():
+            decision = studies.decision_of(federation, made.digest, site.name)
+            why = studies.refusal(federation, site, decision, made.digest)
+            stands[site.name] = why or "approved"
+        plain.append({"name": made.name, "digest": made.digest, "at": made.at, "sites": stands})
+        lines.append(f"{made.name}  {made.digest[:12]}")
+        lines += [f"  {site}: {stand}" for site, stand in stands.items()]
+    _show({"studies": plain}, lines or ["No study is published."], as_json)
+
+
+def run(
+    study: Annotated[str, typer.Argument(help="A published study: name, or digest's beginning.")],
+    folder: Folder = HERE,
+    seed: Annotated[int, typer.Option(help="Same seed and sites, same bits, on the CPU.")] = 42,
+    wait: Annotated[
+        float, typer.Option(min=1, help="Seconds to wait for approvals and connections.")
+    ] = 3600.0,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds for a round's answers.")] = 3600.0,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Only ask for it; look with `runs`.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a study: wait for the quorum, show each round, end with a model.
+
+    The running server does the work; Ctrl-C leaves it going. Where the study runs already, this
+    looks on.
+
+    Example: medfl-server run lung --folder ~/fed
+    """
+    from medfl.server import runs as queue
+    from medfl.server import service, studies
+    from medfl.server.settings import open_federation
+
+    federation = open_federation(folder)
+    made = studies.find(federation, study)
+    asked = queue.latest(federation, made.name)
+    if asked is None or asked.digest != made.digest:
+        rounds = int(json.loads(made.study)["federation"]["rounds"])
+        asked = queue.ask(federation, made, rounds, seed=seed, wait_s=wait, deadline_s=deadline)
+    if detach:
+        lines = [f"Asked for {asked.id}.", f"Next: medfl-server runs --folder {folder}"]
+        _show({"run": asked.id, "state": asked.state}, lines, as_json)
+        return
+    if service.running_pid(federation) is None:
+        typer.echo(f"The server does not run; start it: medfl-server start --folder {folder}")
+    over = _follow(federation, asked.id, quiet=as_json)
+    lines = [f"{over.id}: {over.state} after {over.round} rounds. {over.why}".rstrip()]
+    if over.state == "done":
+        lines.append(f"Next: medfl-server model get {over.id} --out model.safetensors")
+    _show(_plain(over), lines, as_json)
+    raise typer.Exit(over.exit_code)
+
+
+def runs(folder: Folder = HERE, as_json: AsJson = False) -> None:
+    """List all runs, oldest first, and how each ended.
+
+    Example: medfl-server runs --folder ~/fed
+    """
+    from medfl.server import runs as queue
+    from medfl.server.settings import open_federation
+
+    found = queue.everything(open_federation(folder))
+    lines = [f"{r.id}  {r.state}, round {r.round} of {r.rounds}  {r.why}".rstrip() for r in found]
+    _show({"runs": [_plain(r) for r in found]}, lines or ["No run yet."], as_json)
+
+
+@model_app.command()
+def get(
+    run: Annotated[str, typer.Argument(help="The run.")],
+    out: Annotated[Path, typer.Option(help="Where to put the file (safetensors).")],
+    folder: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Copy a run's model, checked against the digest that the audit log holds.
+
+    Example: medfl-server model get lung-20270115-080000-ab12 --out model.safetensors
+    """
+    from medfl.common.errors import StorageError
+    from medfl.server import runs as queue
+    from medfl.server.settings import open_federation
+
+    federation = open_federation(folder)
+    source = queue.model_of(federation, run)
+    try:
+        shutil.copyfile(source, out)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error.strerror})") from None
+    digest = queue.sha256(out)
+    _show({"file": str(out), "sha256": digest}, [f"{out}  SHA-256 {digest}"], as_json)
+
+
+def _follow(federation: Federation, run_id: str, *, quiet: bool) -> Run:
+    """Tell what happens until the run is over."""
+    from medfl.server import runs as queue
+
+    shown = 0
+    missing: tuple[str, ...] = ("",)
+    while True:
+        now = queue.load(federation, run_id)
+        if now.state == "waiting" and now.missing != missing and not quiet:
+            missing = now.missing
+            typer.echo(f"Waiting. Missing: {'; '.join(missing) or 'nobody'}")
+        for plain in list(queue.progress(federation, run_id))[shown:]:
+            shown += 1
+            if not quiet:
+                typer.echo(_round_line(plain, now.rounds))
+        if now.state in queue.OVER:
+            return now
+        time.sleep(_LOOK_S)
+
+
+def _round_line(plain: dict[str, Any], rounds: int) -> str:
+    metrics = " ".join(
+        f"{name}={value:.4f}"
+        for name, value in list(plain["metrics"].items())[:3]
+        if value is not None
+    )
+    left_out = "".join(f"; without {s} ({why})" for s, why in sorted(plain["left_out"].items()))
+    void = " VOID" if plain["void"] else ""
+    sites = len(plain["sites"])
+    return (
+        f"round {plain['round']}/{rounds}{void}: {sites} sites, {plain['seconds']:.1f} s "
+        f"{metrics}{left_out}"
+    )
+
+
+def _plain(run: Run) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(run)
+
+
+def _show(plain: Any, lines: list[str], as_json: bool) -> None:
+    typer.echo(json.dumps(plain) if as_json else "\n".join(lines))

@@ -1,0 +1,183 @@
+"""Runs of studies as files: commands ask for them, the server works them off, all can look.
+
+runs/<id>/run.json        what was asked and how far it is     runs/<id>/stop   asks it to end
+runs/<id>/progress.jsonl  one line a round                     runs/<id>/model.safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from medfl.common.coordination import Published
+from medfl.common.errors import ConfigError, StorageError
+from medfl.common.kept import load_record, save_record
+from medfl.common.private_files import private_folder
+from medfl.common.signing import canonical
+from medfl.server.federation import Federation
+
+State = Literal["waiting", "running", "done", "failed", "stopped"]
+OVER = ("done", "failed", "stopped")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run. created: seconds since 1970. wait_s: for the quorum. why: of a bad end.
+
+    missing: sites that are waited for, each with the reason. exit_code: as `medfl-server run`.
+    model: SHA-256 of the model file, "" before there is one.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+    id: str
+    study: str
+    digest: str
+    seed: int
+    created: float
+    wait_s: float
+    deadline_s: float
+    rounds: int
+    state: State = "waiting"
+    round: int = 0
+    ended: float = 0.0
+    sites: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    why: str = ""
+    exit_code: int = 0
+    model: str = ""
+
+
+def folder_of(federation: Federation, run_id: str) -> Path:
+    """A run's folder. Raises ConfigError for what could be a path."""
+    if not run_id or set(run_id) - set("abcdefghijklmnopqrstuvwxyz0123456789-_"):
+        raise ConfigError(f"{run_id!r}: is no run; `medfl-server runs` lists them")
+    return federation.folder / "runs" / run_id
+
+
+def ask(
+    federation: Federation,
+    study: Published,
+    rounds: int,
+    *,
+    seed: int,
+    wait_s: float,
+    deadline_s: float,
+) -> Run:
+    """Put a run in the queue."""
+    now = federation.clock()
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
+    run = Run(
+        id=f"{study.name}-{stamp}-{secrets.token_hex(2)}",
+        study=study.name,
+        digest=study.digest,
+        seed=seed,
+        created=now,
+        wait_s=wait_s,
+        deadline_s=deadline_s,
+        rounds=rounds,
+    )
+    private_folder(folder_of(federation, run.id).parent)
+    federation.record("run asked for", run=run.id, study=study.digest, seed=seed)
+    save(federation, run)
+    return run
+
+
+def save(federation: Federation, run: Run) -> None:
+    """Replace the run's record."""
+    save_record(folder_of(federation, run.id) / "run.json", run)
+
+
+def load(federation: Federation, run_id: str) -> Run:
+    """Raises ConfigError where there is no such run."""
+    found = load_record(folder_of(federation, run_id) / "run.json", Run)
+    if found is None:
+        raise ConfigError(f"{run_id}: is no run; `medfl-server runs` lists them")
+    return found
+
+
+def everything(federation: Federation) -> list[Run]:
+    """All runs, oldest first."""
+    found = (load_record(p, Run) for p in (federation.folder / "runs").glob("*/run.json"))
+    return sorted((r for r in found if r is not None), key=lambda r: (r.created, r.id))
+
+
+def latest(federation: Federation, study: str) -> Run | None:
+    """The newest run of a study that is not over, so that asking twice starts one."""
+    open_ = [r for r in everything(federation) if r.study == study and r.state not in OVER]
+    return open_[-1] if open_ else None
+
+
+def stop(federation: Federation, run_id: str) -> bool:
+    """Ask a run to end after its present round; False where it is over."""
+    run = load(federation, run_id)
+    if run.state in OVER:
+        return False
+    federation.record("run to be stopped", run=run.id)
+    (folder_of(federation, run_id) / "stop").touch(mode=0o600)
+    return True
+
+
+def is_to_stop(federation: Federation, run_id: str) -> bool:
+    """Whether somebody asked for its end."""
+    return (folder_of(federation, run_id) / "stop").exists()
+
+
+def end(federation: Federation, run: Run, state: State, why: str, exit_code: int) -> Run:
+    """Write down how it ended."""
+    over = replace(run, state=state, why=why, exit_code=exit_code, ended=federation.clock())
+    federation.record(f"run {state}", run=run.id, why=why[:500], rounds=over.round)
+    save(federation, over)
+    return over
+
+
+def add_round(federation: Federation, run_id: str, plain: dict[str, Any]) -> None:
+    """One line of progress. Raises StorageError."""
+    path = folder_of(federation, run_id) / "progress.jsonl"
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "ab") as file:
+            file.write(canonical(plain) + b"\n")
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def progress(federation: Federation, run_id: str) -> Iterator[dict[str, Any]]:
+    """The rounds so far; an unfinished last line is left out."""
+    path = folder_of(federation, run_id) / "progress.jsonl"
+    if path.exists():
+        for line in path.read_bytes().splitlines():
+            try:
+                plain = json.loads(line)
+            except ValueError:
+                continue
+            yield plain
+
+
+def model_of(federation: Federation, run_id: str) -> Path:
+    """The run's model file, checked against the record.
+
+    Raises:
+        ConfigError: the run has none. StorageError: the file is not what was written.
+    """
+    run = load(federation, run_id)
+    path = folder_of(federation, run_id) / "model.safetensors"
+    if not run.model or not path.exists():
+        raise ConfigError(f"{run_id}: has no model; it is {run.state}. {run.why}".rstrip())
+    if sha256(path) != run.model:
+        raise StorageError(f"{path}: is not the file that the run wrote; restore the backup")
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
