@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
+_DRAIN_S = 15.0
 
 
 def serve(
@@ -114,9 +115,17 @@ def _work(federation: Federation, engine: Engine, stopping: threading.Event) -> 
     while not stopping.wait(_LOOK_S):
         queue = [r for r in runs.everything(federation) if r.state == "waiting"]
         for run in queue[:1]:
-            work = threading.Thread(target=_one, args=(federation, engine, run, stopping))
+            # A daemon: a round that waits for a hospital must not hold up the server's end.
+            arguments = (federation, engine, run, stopping)
+            work = threading.Thread(target=_one, args=arguments, name="run", daemon=True)
             work.start()
-            work.join()
+            while work.is_alive() and not stopping.is_set():
+                work.join(_LOOK_S)
+            work.join(_DRAIN_S)
+            left = runs.load(federation, run.id)
+            if left.state not in runs.OVER:
+                why = "the server stopped during the run" if stopping.is_set() else "see the log"
+                runs.end(federation, left, "failed", why, 1)
 
 
 def _one(federation: Federation, engine: Engine, run: Run, stopping: threading.Event) -> None:

@@ -1,0 +1,143 @@
+"""The training process finds a hospital only through its approvals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medfl.client import approved, consent
+from medfl.client.approved import Approved
+from medfl.client.data.cohort import build_cohort
+from medfl.client.home import Enrolment, Home
+from medfl.common import config, study_text
+from medfl.common.errors import PolicyRefused
+from medfl.common.kept import save_record
+from medfl.common.messages import Instruction, Reply, pack
+from medfl.common.private_files import private_folder
+from medfl.common.receipts import asked_by, content_of, detach
+from medfl.common.signing import new_key, public_of
+from medfl.common.site import load_site
+from medfl.common.study import Study
+
+STUDY = {
+    "name": "tiny",
+    "task": {"kind": "risk", "classes": ["no", "yes"]},
+    "record": {"features": [{"name": "a"}]},
+    "model": {"name": "logistic"},
+    "training": {"local_steps": 1},
+    "federation": {"rounds": 1},
+}
+
+
+@dataclass
+class Context:
+    """As Flower hands it over."""
+
+    run_config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class World:
+    finder: Approved
+    study: Study
+    table: Path
+
+    def approve(self) -> None:
+        site = load_site(self.finder.site_file)
+        cohort = build_cohort(site.data, self.study, cache=site.cache, site_key=site.name.encode())
+        n = len(cohort.positions("train"))
+        consent.approve(self.finder.home, self.study, cohort.digest, n, 30)
+
+    def find(self, digest: str = "") -> Any:
+        return self.finder(Context({"study": digest or self.study.digest}))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    home = Home(private_folder(tmp_path / "state"))
+    coordinator = new_key(tmp_path / "coordinator.key")
+    new_key(home.signing_file)
+    save_record(home.enrolment_file, Enrolment("north", "h:1", "T", public_of(coordinator), 0))
+    study = config.parse(STUDY, Study, "test")
+    made = study_text.publish(coordinator, study, 0)
+    save_record(home.folder / "studies" / f"{study.digest}.json", made)
+    table = tmp_path / "cases.csv"
+    lines = [f"p{i},{i / 10},{'yes' if i % 3 else 'no'}" for i in range(30)]
+    table.write_text("\n".join(["patient,a,label", *lines]))
+    (tmp_path / "site.toml").write_text(
+        'name = "other-name"\n[data]\nformat = "table"\npath = "cases.csv"\n'
+    )
+    argument = json.dumps({"state": str(home.folder), "site": str(tmp_path / "site.toml")})
+    return World(approved.hospitals(argument), study, table)
+
+
+def test_an_approved_study_finds_its_hospital_under_the_enrolled_name(world: World) -> None:
+    world.approve()
+    hospital = world.find()
+    assert hospital.name == "north"
+    assert hospital.study == world.study
+    assert hospital.secret == ""
+    assert world.find() is hospital
+
+
+def test_nothing_is_even_read_for_a_study_that_is_not_approved(world: World) -> None:
+    world.table.unlink()
+    for digest in (world.study.digest, "0" * 64, "../../etc", ""):
+        with pytest.raises(PolicyRefused, match="Nothing is run for this study"):
+            world.finder(Context({"study": digest}))
+    whats = [line["what"] for line in world.finder.home.audit.lines()]
+    assert whats == ["refused"] * 4
+
+
+def test_a_withdrawal_holds_at_the_next_message(world: World) -> None:
+    world.approve()
+    world.find()
+    consent.withdraw(world.finder.home, world.study.digest)
+    with pytest.raises(PolicyRefused, match="withdrawn"):
+        world.find()
+    world.approve()
+    world.find()
+
+
+def test_data_that_changed_since_the_approval_are_not_trained_on(world: World) -> None:
+    world.approve()
+    world.table.write_text(world.table.read_text() + "\np99,1.0,yes")
+    with pytest.raises(PolicyRefused, match="data have changed"):
+        world.find()
+    world.approve()
+    world.find()
+
+
+def test_a_study_altered_on_the_hospitals_disk_is_refused(world: World) -> None:
+    world.approve()
+    file = world.finder.home.folder / "studies" / f"{world.study.digest}.json"
+    file.write_bytes(file.read_bytes().replace(b"tiny", b"huge"))
+    with pytest.raises(PolicyRefused, match="not signed by the coordinator"):
+        world.find()
+
+
+def test_each_answer_is_sealed_and_noted(world: World) -> None:
+    asked = Instruction(kind="round", study_digest=world.study.digest, run="r", round=3)
+    envelope = pack(Reply(site="north", round=3))
+    sealed = world.finder.seal("{}", asked, envelope)
+    bare, found = detach(sealed)
+    assert found is not None
+    assert (found.site, found.round, found.kind, found.run) == ("north", 3, "round", "r")
+    assert (found.asked, found.content) == (asked_by("{}"), content_of(envelope))
+    assert content_of(bare) == content_of(envelope)
+    (line,) = world.finder.home.audit.lines()
+    assert line["about"]["content"] == found.content
+
+
+def test_under_differential_privacy_seeds_hold_a_secret_of_this_hospital(world: World) -> None:
+    text = world.finder.site_file.read_text() + "[privacy]\nepsilon = 3.0\n"
+    world.finder.site_file.write_text(text)
+    world.approve()
+    secret = world.find().secret
+    assert len(secret) == 64
+    again = Approved(world.finder.home, world.finder.site_file, "north")
+    assert again(Context({"study": world.study.digest})).secret == secret
