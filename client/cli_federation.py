@@ -20,7 +20,7 @@ from medfl.common.errors import (
 )
 
 if TYPE_CHECKING:
-    from medfl.client.home import Home
+    from medfl.client.premises import Home
     from medfl.common.site import Site
     from medfl.common.study import Study
 
@@ -322,7 +322,7 @@ def accept_key(
 
 
 def _home(state: Path) -> Home:
-    from medfl.client.home import Home
+    from medfl.client.premises import Home
 
     return Home(state.expanduser())
 

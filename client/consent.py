@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 from medfl.client.coordinator import Line
-from medfl.client.home import Home
+from medfl.client.premises import Home
 from medfl.common import study_text
 from medfl.common.approvals import Decision, signed, why_not
 from medfl.common.coordination import AskStudies, Decide, Done, Published, Studies

@@ -15,7 +15,7 @@ from typing import Any
 from medfl import __version__
 from medfl.client import consent, enrolment, witness
 from medfl.client.coordinator import skew_warning
-from medfl.client.home import Home
+from medfl.client.premises import Home
 from medfl.common import certificates
 from medfl.common.coordination import AskStudies, Studies
 from medfl.common.errors import MedflError

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from medfl.client.coordinator import Line, connected, skew_warning
-from medfl.client.home import Enrolment, Home
+from medfl.client.premises import Enrolment, Home
 from medfl.common import certificates, invitation
 from medfl.common.certificates import Certificate, TlsKey
 from medfl.common.coordination import Enrol, Enrolled, Hello, Renew, Welcome

@@ -23,7 +23,7 @@ from pydantic import ConfigDict
 from medfl import __version__
 from medfl.client import consent, enrolment, witness
 from medfl.client.coordinator import Line
-from medfl.client.home import Home
+from medfl.client.premises import Home
 from medfl.common.coordination import Bye, Done, Report
 from medfl.common.errors import FederationError, MedflError, PolicyRefused
 from medfl.common.kept import save_record

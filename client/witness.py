@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from medfl.client.coordinator import Line
-from medfl.client.home import Home
+from medfl.client.premises import Home
 from medfl.common import heads
 from medfl.common.audit import BadLine, Head, verify
 from medfl.common.coordination import HeadSeen, ShowHead

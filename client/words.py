@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from medfl.client.home import Enrolment
+from medfl.client.premises import Enrolment
 from medfl.common.coordination import Published
 from medfl.common.site import Site, SitePrivacy
 from medfl.common.study import Study

@@ -29,7 +29,7 @@ from medfl.server.rounds import Outcome, RoundRecord, run_study
 
 if TYPE_CHECKING:
     from medfl.server.admit import Door
-    from medfl.server.roster import Roster
+    from medfl.server.register import Roster
     from medfl.server.tunnel import Gate
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Engine:
     """
 
     def __init__(self, folder: Path) -> None:
-        from medfl.server.roster import Roster
+        from medfl.server.register import Roster
 
         self.folder = folder
         self.roster: Roster = Roster()

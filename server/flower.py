@@ -14,7 +14,7 @@ from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
 from medfl.server.admit import Door
 from medfl.server.link import Run, UploadBroken
-from medfl.server.roster import Roster
+from medfl.server.register import Roster
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from medfl.common.errors import FederationError
 from medfl.common.tunnel import KEY_HEADER, Answer, Call
 from medfl.server import nodes
 from medfl.server.nodes import NodeKey
-from medfl.server.roster import Roster
+from medfl.server.register import Roster
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pytest
 from medfl.client import approved, consent
 from medfl.client.approved import Approved
 from medfl.client.data.cohort import build_cohort
-from medfl.client.home import Enrolment, Home
+from medfl.client.premises import Enrolment, Home
 from medfl.common import config, study_text
 from medfl.common.errors import PolicyRefused
 from medfl.common.kept import save_record

@@ -10,7 +10,7 @@ import pytest
 
 from medfl.client import consent, words
 from medfl.client.consent import Refusal, allowed
-from medfl.client.home import Enrolment, Home
+from medfl.client.premises import Enrolment, Home
 from medfl.common import config, study_text
 from medfl.common.approvals import Decision, signed
 from medfl.common.coordination import AskStudies, Decide, Done, Published, Studies

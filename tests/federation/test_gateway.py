@@ -16,7 +16,7 @@ import pytest
 from medfl import __version__
 from medfl.client import coordinator, enrolment, witness
 from medfl.client.coordinator import Line, connected
-from medfl.client.home import Home
+from medfl.client.premises import Home
 from medfl.common import certificates, coordination, invitation
 from medfl.common.certificates import Wanted
 from medfl.common.coordination import (

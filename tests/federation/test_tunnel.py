@@ -21,7 +21,7 @@ from medfl.client.tunnel import Forwarder
 from medfl.common import tunnel
 from medfl.common.errors import FederationError
 from medfl.common.tunnel import ALLOWED, Answer, Call, decode_answer, decode_call, encode
-from medfl.server.roster import Roster
+from medfl.server.register import Roster
 from medfl.server.tunnel import Gate, fleet_handlers
 
 FLEET = "/v1/fleet/"
