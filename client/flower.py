@@ -9,6 +9,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from medfl.client.hospital import Hospital, answer
+from medfl.common.errors import CaseError, MedflError
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import pack, refusal, unpack_instruction
 
@@ -26,16 +27,28 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
     app = ClientApp()
 
     def handle(message: Message, context: Context) -> Message:
-        hospital = find_hospital(context)
-        asked = unpack_instruction(from_record(message.content))
+        site, round_ = "", 0
+        # Flower sends the text of what escapes from here to the coordinator, so nothing does.
         try:
-            reply = answer(hospital, asked)
+            hospital = find_hospital(context)
+            site = hospital.name
+            asked = unpack_instruction(from_record(message.content))
+            round_ = asked.round
+            content = to_record(pack(answer(hospital, asked)))
         except Exception as error:
-            log.exception("round=%d could not be answered", asked.round)
-            reply = refusal(hospital.name, error, asked.round)
-        return Message(to_record(pack(reply)), reply_to=message)
+            log.error("round=%d site=%s refuses: %s", round_, site, _told(error))
+            log.debug("where it happened", exc_info=True)
+            content = to_record(pack(refusal(site, error, round_)))
+        return Message(content, reply_to=message)
 
     app.query("prepare")(handle)
     app.train("round")(handle)
     app.evaluate("finish")(handle)
     return app
+
+
+def _told(error: Exception) -> str:
+    """What the hospital's own log says: texts that we wrote for it, and no others."""
+    if isinstance(error, MedflError) and not isinstance(error, CaseError):
+        return str(error)
+    return f"{type(error).__name__} (--verbose says more)"
