@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -220,16 +219,13 @@ def test_contours_surround_the_mask_in_its_colour() -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["check"]])
-def test_help_is_fast_and_has_examples(more: list[str]) -> None:
-    started = time.monotonic()
+def test_help_has_examples(more: list[str]) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "medfl.client.cli", *more, "--help"],
         capture_output=True,
         text=True,
         check=True,
     )
-    # 0.3 s on an idle machine; the tests share theirs.
-    assert time.monotonic() - started < 2
     assert "Example: medfl-client check" in run.stdout
 
 
