@@ -80,6 +80,21 @@ def pack(tensors: Tensors, kind: Kind) -> dict[str, Array]:
     return packed
 
 
+def pack_exactly(tensors: Tensors) -> Tensors:
+    """Packed as float32 where that saves bytes, else `tensors` themselves: both are exact.
+
+    The head of a model with a handful of parameters would be longer than the parameters.
+    """
+    packed = pack(tensors, "float32")
+    sizes = [sum(a.nbytes for a in group.values()) for group in (packed, tensors)]
+    return packed if sizes[0] < sizes[1] else tensors
+
+
+def is_packed(group: Tensors) -> bool:
+    """Whether a group could be a packed one: plain parameters are never all bytes."""
+    return bool(group) and all(a.dtype == np.uint8 for a in group.values())
+
+
 def unpack(packed: Tensors, shapes: Shapes) -> dict[str, Array]:
     """The float32 tensors of a packed group, which must have exactly these names and shapes.
 
@@ -90,6 +105,7 @@ def unpack(packed: Tensors, shapes: Shapes) -> dict[str, Array]:
     head = read_head(packed, shapes)
     if dict(head.shapes) != dict(shapes):
         raise _refused("holds other parameters than the model has")
+    shapes = head.shapes  # the same ones in the sender's order, in which the numbers come
     segments = list(_segments(shapes))
     if packed.keys() != {_HEAD, *map(str, range(len(segments)))}:
         raise _refused("does not have the parts that its parameters need")

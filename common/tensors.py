@@ -28,6 +28,11 @@ def l2_norm(tensors: Tensors) -> float:
     )
 
 
+def all_finite(tensors: Tensors) -> bool:
+    """Whether no entry is NaN or infinite."""
+    return all(bool(np.isfinite(a).all()) for a in tensors.values())
+
+
 def floats(tensors: Tensors) -> dict[str, Array]:
     """The entries that can be averaged; integer buffers (a batch counter) cannot."""
     return {name: a for name, a in tensors.items() if np.issubdtype(a.dtype, np.floating)}

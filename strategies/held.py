@@ -75,11 +75,21 @@ class Held:
                 self._file.readinto(block[row].data)
             yield slice(start, stop), block
 
+    def row(self, number: int) -> dict[str, Array]:
+        """One update again, as named arrays of float32."""
+        values = np.empty(self.width, dtype=np.float32)
+        self._file.seek(4 * number * self.width)
+        self._file.readinto(values.data)
+        return self.as_tensors(values)
+
     def as_tensors(self, row: NDArray[np.float32]) -> dict[str, Array]:
         """One row as named arrays again."""
-        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])[:-1]
-        parts = np.split(row, ends)
-        return {n: p.reshape(s) for (n, s), p in zip(self.shapes.items(), parts, strict=True)}
+        named, start = {}, 0
+        for name, shape in self.shapes.items():
+            stop = start + math.prod(shape)
+            named[name] = row[start:stop].reshape(shape)
+            start = stop
+        return named
 
     def weighted_sum(self, factors: Sequence[float] | Matrix) -> Tensors:
         """sum_i factors[i] * row i, added up in float64 and in the order of the rows."""

@@ -16,7 +16,16 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from medfl.common import packing
 from medfl.common.errors import FederationError
-from medfl.common.packing import KINDS, Kind, pack, pack_with_feedback, read_head, unpack
+from medfl.common.packing import (
+    KINDS,
+    Kind,
+    is_packed,
+    pack,
+    pack_exactly,
+    pack_with_feedback,
+    read_head,
+    unpack,
+)
 from medfl.common.tensors import Array, Tensors
 
 MODEL = {"w": (40, 30), "b": (30,), "scalar": (), "none": (0, 3)}
@@ -118,6 +127,23 @@ def test_segments_change_only_how_many_parts_there_are(
     cut = unpack(packed, shapes_of(tensors))
     # float16's scale is one a piece, so the last bit may differ there.
     np.testing.assert_allclose(cut["a"], whole["a"], rtol=1e-3 if kind == "float16" else 0)
+
+
+def test_the_order_of_names_is_the_senders_affair() -> None:
+    tensors = {"a": np.float32([1, 2]), "b": np.float32([3, 4])}
+    got = unpack(pack(tensors, "float32"), {"b": (2,), "a": (2,)})
+    assert (got["a"].tolist(), got["b"].tolist()) == ([1, 2], [3, 4])
+
+
+def test_packing_exactly_never_makes_more_bytes() -> None:
+    few = one(1.0, 2.0)
+    assert pack_exactly(few) is few
+    assert not is_packed(few)
+    many = {"w": np.zeros(5000, dtype=np.float32)}
+    packed = pack_exactly(many)
+    assert n_bytes(packed) < 500
+    assert is_packed(packed)
+    assert (unpack(packed, {"w": (5000,)})["w"] == 0).all()
 
 
 def test_nothing_is_a_packed_group_too() -> None:

@@ -193,9 +193,9 @@ def test_blocks_and_the_disk_change_nothing(name: str, monkeypatch: pytest.Monke
 def test_memory_does_not_grow_with_the_number_of_sites(monkeypatch: pytest.MonkeyPatch) -> None:
     import tracemalloc
 
-    monkeypatch.setattr(held, "IN_MEMORY_BYTES", 2**20)
-    monkeypatch.setattr(held, "BLOCK_BYTES", 2**19)
-    model = 2**18  # numbers: 1 MiB
+    monkeypatch.setattr(held, "IN_MEMORY_BYTES", 2**18)
+    monkeypatch.setattr(held, "BLOCK_BYTES", 2**17)
+    model = 2**16  # numbers: 256 KiB
 
     def many(n: int) -> Iterator[Reply]:
         for i in range(n):
