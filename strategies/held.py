@@ -22,9 +22,10 @@ from medfl.common.tensors import Array, Tensors, floats, l2_norm
 
 Matrix = NDArray[np.float64]
 
-# Rows stay in memory up to this many bytes, and so many bytes of columns are read at once.
+# Rows stay in memory up to this many bytes.
 IN_MEMORY_BYTES = 64 * 2**20
-BLOCK_BYTES = 8 * 2**20
+# So many bytes of columns are read at once: what a core's cache holds.
+BLOCK_BYTES = 2 * 2**20
 
 
 @dataclass(slots=True)

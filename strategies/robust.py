@@ -8,7 +8,7 @@ None of them works under secure aggregation, which hides the single updates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +28,9 @@ Rule = Callable[[Held, Weighting], Tensors]
 
 def column_median(block: NDArray[np.float32]) -> NDArray[np.float32]:
     """Median of each column: Yin et al. 2018, Definition 1."""
-    return np.asarray(np.median(block, axis=0), dtype=np.float32)
+    rows = sorted_columns(block)
+    middle = rows[(len(rows) - 1) // 2 : len(rows) // 2 + 1]
+    return np.asarray(middle.mean(axis=0, dtype=np.float64), dtype=np.float32)
 
 
 def column_trimmed_mean(faulty: int) -> ColumnRule:
@@ -36,10 +38,38 @@ def column_trimmed_mean(faulty: int) -> ColumnRule:
 
     def rule(block: NDArray[np.float32]) -> NDArray[np.float32]:
         # Sorted, not only partitioned, so that the sum does not depend on the order of the sites.
-        kept = np.sort(block, axis=0)[faulty : len(block) - faulty]
+        kept = sorted_columns(block)[faulty : len(block) - faulty]
         return np.asarray(kept.mean(axis=0, dtype=np.float64), dtype=np.float32)
 
     return rule
+
+
+def sorted_columns(block: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Each column in ascending order, by exchanging whole rows: many times faster than column-wise.
+
+    The exchanges are those of Batcher's merge (Knuth, vol. 3, 5.2.2, Algorithm M).
+    """
+    rows = block.copy()
+    smaller = np.empty_like(block[0])
+    for upper, lower in _exchanges(len(rows)):
+        np.minimum(rows[upper], rows[lower], out=smaller)
+        np.maximum(rows[upper], rows[lower], out=rows[lower])
+        rows[upper] = smaller
+    return rows
+
+
+def _exchanges(n: int) -> Iterator[tuple[int, int]]:
+    """Pairs of positions that sort any n values when the smaller goes to the first."""
+    top = 1 << max(0, (n - 1).bit_length() - 1)
+    p = top
+    while p > 0:
+        q, r, d = top, 0, p
+        while True:
+            yield from ((i, i + d) for i in range(n - d) if i & p == r)
+            if q == p:
+                break
+            d, q, r = q - p, q // 2, p
+        p //= 2
 
 
 def by_column(rule: ColumnRule) -> Rule:

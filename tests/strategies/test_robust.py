@@ -59,6 +59,14 @@ def test_trimmed_mean_leaves_out_one_value_at_either_end() -> None:
     assert combined(catalogue.trimmed_mean(faulty=1), rows).tolist() == [3, 0, 0]
 
 
+@pytest.mark.parametrize("n", [*range(1, 20), 31, 32, 33, 100])
+def test_columns_are_sorted_for_any_number_of_sites(n: int) -> None:
+    block = random_rows(n, seed=n)
+    before = block.copy()
+    assert (robust.sorted_columns(block) == np.sort(block, axis=0)).all()
+    assert (block == before).all()
+
+
 def test_krum_takes_the_update_with_the_nearest_neighbours() -> None:
     # n = 5, f = 1: two neighbours. On a line: 0, 1, 3, 6, 100. Scores by hand:
     # 0: 1 + 9 = 10; 1: 1 + 4 = 5; 3: 4 + 9 = 13; 6: 9 + 25 = 34; 100: 94^2 + 97^2.
