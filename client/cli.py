@@ -91,6 +91,42 @@ def check(
     raise typer.Exit(checked.result.exit_code)
 
 
+@app.command()
+def deid(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with DICOM images.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the copies.")],
+    site: Annotated[
+        Path | None, typer.Option(help="site.toml, for its [deid] options and its key.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: counts, no names.")] = False,
+    look: Annotated[
+        bool, typer.Option("--look/--no-look", help="Warn of writing in the pictures.")
+    ] = True,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+) -> None:
+    """Write de-identified copies of images: PS3.15 Annex E, Basic Profile, with the site's options.
+
+    DIR is only read. Without --site the Basic Profile with shifted dates is applied, and the key of
+    the pseudonyms lies in the user's state folder. Text in the pictures is not removed: images that
+    may hold some are left out or named. Exit code 3: nothing could be passed on.
+
+    Example: medfl-client deid /archive/export /data/deidentified --site site.toml
+    """
+    cli.log_to_stderr(verbose)
+    from medfl.client.deid.folder import deidentify_folder, describe
+    from medfl.client.deid.keys import load_secret, secret_path, user_secret_path
+    from medfl.common.site import Deid, load_site
+
+    own = load_site(site) if site is not None else None
+    options = own.deid if own is not None else Deid()
+    secret = load_secret(secret_path(own) if own is not None else user_secret_path())
+    summary = deidentify_folder(source, out, options, secret, look=look)
+    if as_json:
+        typer.echo(json.dumps(summary.to_plain(), indent=2))
+    else:
+        typer.echo("\n".join(describe(summary)))
+
+
 def _as_csv(cohort: Cohort) -> str:
     import csv
     import io
