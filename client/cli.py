@@ -92,6 +92,31 @@ def check(
 
 
 @app.command()
+def exclude(
+    site: Annotated[Path, typer.Argument(help="The hospital's own file (site.toml).")],
+    patient: Annotated[
+        str, typer.Argument(help="The patient's number, as the hospital writes it.")
+    ],
+    undo: Annotated[bool, typer.Option("--undo", help="The patient may be used again.")] = False,
+) -> None:
+    """Leave a patient who has withdrawn consent out of everything from now on.
+
+    The list keeps a keyed hash and not the number. What models have learned before stays in them.
+
+    Example: medfl-client exclude site.toml 778812
+    """
+    from medfl.client.data.withdrawn import change_list, list_path, load_withdrawn
+    from medfl.client.deid.keys import load_secret, secret_path
+    from medfl.common.site import load_site
+
+    own = load_site(site)
+    secret = load_secret(secret_path(own))
+    changed = change_list(list_path(own), secret, patient, withdrawn=not undo)
+    count = len(load_withdrawn(list_path(own)))
+    typer.echo(f"{'Done' if changed else 'Nothing to change'}; {count} patients are on the list.")
+
+
+@app.command()
 def deid(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with DICOM images.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the copies.")],
@@ -113,6 +138,7 @@ def deid(
     Example: medfl-client deid /archive/export /data/deidentified --site site.toml
     """
     cli.log_to_stderr(verbose)
+    from medfl.client.data.withdrawn import list_path, load_withdrawn
     from medfl.client.deid.folder import deidentify_folder, describe
     from medfl.client.deid.keys import load_secret, secret_path, user_secret_path
     from medfl.common.site import Deid, load_site
@@ -120,7 +146,8 @@ def deid(
     own = load_site(site) if site is not None else None
     options = own.deid if own is not None else Deid()
     secret = load_secret(secret_path(own) if own is not None else user_secret_path())
-    summary = deidentify_folder(source, out, options, secret, look=look)
+    withdrawn = load_withdrawn(list_path(own)) if own is not None else frozenset()
+    summary = deidentify_folder(source, out, options, secret, look=look, withdrawn=withdrawn)
     if as_json:
         typer.echo(json.dumps(summary.to_plain(), indent=2))
     else:

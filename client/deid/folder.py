@@ -52,12 +52,19 @@ class Summary:
 
 
 def deidentify_folder(
-    source: Path, out: Path, options: Deid, secret: bytes, *, look: bool = True
+    source: Path,
+    out: Path,
+    options: Deid,
+    secret: bytes,
+    *,
+    look: bool = True,
+    withdrawn: frozenset[str] = frozenset(),
 ) -> Summary:
     """Write a de-identified copy of every image below `source` to `out`; `source` is only read.
 
     The same folder, options and secret give the same files, byte for byte; what is there already
-    stays. look: also warn of pictures that seem to hold writing.
+    stays. look: also warn of pictures that seem to hold writing. withdrawn: hashes of the patients
+    who are left out.
 
     Raises:
         ConfigError: one folder lies in the other, or `out` holds something else.
@@ -76,6 +83,9 @@ def deidentify_folder(
     for path, answer in _answers(source, request):
         if isinstance(answer, CaseError):
             counts[answer.reason] += 1
+            continue
+        if answer.plain["withdrawn"] in withdrawn:
+            counts["withdrawn"] += 1
             continue
         name = _name(answer.plain)
         if name in written:

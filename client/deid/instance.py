@@ -29,8 +29,10 @@ _IMPLEMENTATION = "2.25.157952726696474249104752743028454633103"
 _DATES_MODIFIED = {"full": "UNMODIFIED", "shifted": "MODIFIED", "none": "REMOVED"}
 
 
-def deidentified(path: Path, kind: str, options: Deid, pseudonyms: Pseudonyms) -> Dataset:
-    """The image in `path`, whose header was checked before, without what says whose it is.
+def deidentified(
+    path: Path, kind: str, options: Deid, pseudonyms: Pseudonyms
+) -> tuple[str, Dataset]:
+    """Whose image it is, and the image in `path`, checked before, without what says so.
 
     kind: its SOP class. Raises CaseError for what must not be passed on.
     """
@@ -39,7 +41,8 @@ def deidentified(path: Path, kind: str, options: Deid, pseudonyms: Pseudonyms) -
     if syntax.startswith(_VIDEO):
         raise CaseError("dicom_codec", "video")
     check_burned_in(dataset, str(dataset.get("Modality", "")), kind)
-    result = treated(dataset, context(dataset, options, pseudonyms))
+    whose = context(dataset, options, pseudonyms)
+    result = treated(dataset, whose)
     _clean_pixels(dataset, result, UID(syntax))
     _declare(result, options)
     result.file_meta = FileMetaDataset()
@@ -48,7 +51,7 @@ def deidentified(path: Path, kind: str, options: Deid, pseudonyms: Pseudonyms) -
     result.file_meta.ImplementationVersionName = "MEDFL"
     result.SOPClassUID = result.file_meta.MediaStorageSOPClassUID = UID(kind)
     result.file_meta.MediaStorageSOPInstanceUID = result.SOPInstanceUID
-    return result
+    return whose.patient, result
 
 
 def as_file(dataset: Dataset) -> bytes:

@@ -44,9 +44,17 @@ class Pseudonyms:
         low, high = _SHIFT_S
         return -(low + int.from_bytes(self._hash("dates", patient)[:8], "big") % (high - low))
 
-    def name(self, kind: str, value: str) -> str:
-        """Keyed hash (hex) for lists that are kept on disk."""
-        return self._hash(kind, value).hex()[:32]
+
+def cases_key(secret: bytes) -> bytes:
+    """The key of the hashes that stand for cases and patients in cohorts, caches and on pages."""
+    return hmac.new(secret, b"cases", hashlib.sha256).digest()
+
+
+def withdrawn_hash(secret: bytes, patient: str) -> str:
+    """How a patient stands on the list of those who have withdrawn consent."""
+    return hmac.new(
+        secret, f"withdrawn\0{patient.strip()}".encode(errors="surrogateescape"), hashlib.sha256
+    ).hexdigest()
 
 
 def secret_path(site: Site) -> Path:

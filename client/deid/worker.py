@@ -11,7 +11,7 @@ from pydicom import dcmread
 
 from medfl.client.deid.burned_in import text_in_picture
 from medfl.client.deid.instance import as_file, deidentified
-from medfl.client.deid.keys import Pseudonyms
+from medfl.client.deid.keys import Pseudonyms, withdrawn_hash
 from medfl.client.readers import dicom_pixels
 from medfl.common.errors import CaseError
 from medfl.common.site import Deid
@@ -20,17 +20,18 @@ from medfl.common.site import Deid
 def deidentify_file(
     path: Path, kind: str, request: dict[str, Any]
 ) -> tuple[dict[str, Any], NDArray[np.uint8]]:
-    """({"patient", "study", "series", "instance", "text"}, bytes). Raises CaseError.
+    """({"patient", "study", "series", "instance", "withdrawn", "text"}, bytes). Raises CaseError.
 
     text: True where something like writing is in the picture, None where nobody looked.
     """
-    options = Deid(**request["options"])
-    result = deidentified(path, kind, options, Pseudonyms(bytes.fromhex(request["secret"])))
+    options, secret = Deid(**request["options"]), bytes.fromhex(request["secret"])
+    patient, result = deidentified(path, kind, options, Pseudonyms(secret))
     plain = {
         "patient": str(result.get("PatientID", "")),
         "study": str(result.get("StudyInstanceUID", "")),
         "series": str(result.get("SeriesInstanceUID", "")),
         "instance": str(result.SOPInstanceUID),
+        "withdrawn": withdrawn_hash(secret, patient),
         "text": _looked(path) if request["look"] else None,
     }
     return plain, np.frombuffer(as_file(result), dtype=np.uint8)
