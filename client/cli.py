@@ -94,9 +94,7 @@ def check(
 @app.command()
 def exclude(
     site: Annotated[Path, typer.Argument(help="The hospital's own file (site.toml).")],
-    patient: Annotated[
-        str, typer.Argument(help="The patient's number, as the hospital writes it.")
-    ],
+    patient: Annotated[str, typer.Argument(help="The patient's number at the hospital.")],
     undo: Annotated[bool, typer.Option("--undo", help="The patient may be used again.")] = False,
 ) -> None:
     """Leave a patient who has withdrawn consent out of everything from now on.
@@ -114,6 +112,34 @@ def exclude(
     changed = change_list(list_path(own), secret, patient, withdrawn=not undo)
     count = len(load_withdrawn(list_path(own)))
     typer.echo(f"{'Done' if changed else 'Nothing to change'}; {count} patients are on the list.")
+
+
+@app.command()
+def lineage(
+    site: Annotated[Path, typer.Argument(help="The hospital's own file (site.toml).")],
+    patient: Annotated[str, typer.Argument(help="The patient's number at the hospital.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which rounds of which studies were trained on a patient's data.
+
+    Example: medfl-client lineage site.toml 778812
+    """
+    from dataclasses import asdict
+
+    from medfl.client.data.candidates import hashed
+    from medfl.client.data.lineage import lineage_path, rounds_with
+    from medfl.client.deid.keys import cases_key, load_secret, secret_path
+    from medfl.common.site import load_site
+
+    own = load_site(site)
+    key = cases_key(load_secret(secret_path(own)))
+    used = rounds_with(lineage_path(own), hashed(key, "patient", patient.strip()))
+    if as_json:
+        typer.echo(json.dumps([asdict(u) for u in used], indent=2))
+    elif not used:
+        typer.echo("No round was trained on this patient's data.")
+    for u in () if as_json else used:
+        typer.echo(f"study {u.study} round {u.round} cohort {u.cohort} model {u.model}")
 
 
 @app.command()
