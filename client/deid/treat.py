@@ -193,8 +193,9 @@ def _keep(dataset: Any, tag: BaseTag, vr: str, context: Context) -> DataElement 
     if vr in _NUMBERS or " or " in vr:
         return DataElement(tag, dataset[tag].VR, value)
     if keyword_for_tag(tag) in _STRUCTURAL:
-        return DataElement(tag, vr, value)
-    values = [_judged(text, vr, context) for text in _values(value)]
+        values = [words.code_string(text) for text in _values(value)]
+    else:
+        values = [_judged(text, vr, context) for text in _values(value)]
     return DataElement(tag, vr, values[0] if len(values) == 1 else values or None)
 
 
