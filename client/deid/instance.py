@@ -87,6 +87,9 @@ def _clean_pixels(dataset: Any, result: Dataset, syntax: UID) -> None:
         element.is_undefined_length = True
         return
     size = _picture_bytes(dataset, name)
+    if size is not None and not syntax.is_little_endian:
+        # In words of the other order the last byte stands before the padding.
+        size += size % 2
     if size is not None and size < len(element.value):
         # Bytes behind the picture, up to the even length that DICOM wants.
         element.value = element.value[:size] + bytes(size % 2)

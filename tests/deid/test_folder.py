@@ -22,7 +22,8 @@ from medfl.client.data.reasons import REASONS
 from medfl.client.deid.folder import SUMMARY, deidentify_folder
 from medfl.client.deid.treat import BAD_VALUE
 from medfl.client.readers import READERS
-from medfl.common.errors import ConfigError, DataError
+from medfl.client.readers.dicom_pixels import frame_places, frames
+from medfl.common.errors import CaseError, ConfigError, DataError
 from medfl.common.site import Deid
 from medfl.common.source import DataSource
 from medfl.common.study import Federation, ImageInput, Model, Study, Task, Training
@@ -228,6 +229,29 @@ def test_nothing_of_pydicoms_files_comes_out(
         found = leaks({t for t in every if len(t) >= 8}, path.read_bytes())
         allowed = technical_texts(path)
         assert {f for f in found if not any(f in text for text in allowed)} == set()
+
+
+@pytest.mark.slow
+def test_the_pictures_of_pydicoms_files_stay_as_they_are(
+    tmp_path: Path, deidentify: Callable[..., Dataset]
+) -> None:
+    compared = 0
+    for path in pydicom_files():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                dataset = dcmread(path)
+                dataset.BurnedInAnnotation = "NO"
+                dataset.save_as(tmp_path / "a.dcm")
+                before = frames(dcmread(tmp_path / "a.dcm"))
+                copy = deidentify(tmp_path / "a.dcm")
+            except (*BAD_VALUE, InvalidDicomError, CaseError, RuntimeError):
+                # What nobody can decode, or what is not passed on.
+                continue
+            assert np.array_equal(frames(copy), before), path.name
+            assert frame_places(copy) == frame_places(dataset)
+            compared += 1
+    assert compared >= 30
 
 
 def technical_texts(path: Path) -> list[str]:
