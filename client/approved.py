@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from medfl.client import consent
 from medfl.client.consent import Refusal, allowed
 from medfl.client.data.cases import Cohort
+from medfl.client.budget import privacy_of
+from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
-from medfl.client.hospital import Hospital, privacy_of
 from medfl.common.errors import PolicyRefused
 from medfl.common.messages import Envelope, Instruction
 from medfl.common.private_files import read_private, write_private

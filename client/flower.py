@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import httpx
@@ -32,9 +35,10 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message
 
 from medfl.client.hospital import Hospital, answer
-from medfl.common.errors import FederationError
+from medfl.common.errors import CaseError, FederationError, MedflError
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import (
+    Envelope,
     Instruction,
     Reply,
     pack,
@@ -62,25 +66,31 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
     seal = getattr(find_hospital, "seal", None)
 
     def handle(message: Message, context: Context) -> Message:
-        received = from_record(message.content)
-        asked = unpack_instruction(received)
-        site = str(getattr(find_hospital, "name", ""))
+        site, round_ = str(getattr(find_hospital, "name", "")), 0
+        sealed: Callable[[Envelope], Envelope] = _as_it_is
+        # Flower sends the text of what escapes from here to the coordinator, so nothing does.
         try:
+            received = from_record(message.content)
+            asked = unpack_instruction(received)
+            round_ = asked.round
+            if seal is not None:
+                sealed = partial(seal, received.about, asked)
             hospital = find_hospital(context)
             site = hospital.name
-            reply = answer(hospital, asked)
-        except Exception as error:
-            log.exception("round=%d could not be answered", asked.round)
-            reply = refusal(site, error, asked.round)
-        envelope = pack(reply)
-        if seal is not None:
-            envelope = seal(received.about, asked, envelope)
-        return Message(to_record(envelope), reply_to=message)
+            content = to_record(sealed(pack(answer(hospital, asked))))
+        except Exception as error:  # noqa: BLE001
+            log.error("round=%d site=%s refuses: %s", round_, site, _told(error))
+            content = to_record(sealed(pack(refusal(site, error, round_))))
+        return Message(content, reply_to=message)
 
     app.query("prepare")(handle)
     app.train("round")(handle)
     app.evaluate("finish")(handle)
     return app
+
+
+def _as_it_is(envelope: Envelope) -> Envelope:
+    return envelope
 
 
 class NodeGone(FederationError):
@@ -228,3 +238,11 @@ def _runtime(address: str, more: ProtobufClientInterceptor) -> RuntimeHttpClient
         root_certificates=None,
         interceptors=[RuntimeVersionHttpInterceptor("flwr-clientapp"), more],
     )
+
+
+def _told(error: Exception) -> str:
+    """For the hospital's own log: the texts that we wrote for it, and of others only the place."""
+    if isinstance(error, MedflError) and not isinstance(error, CaseError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}"

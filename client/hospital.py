@@ -7,9 +7,8 @@ finish   kept weights -> metrics; the scores of single cases stay in the hospita
 
 from __future__ import annotations
 
-import json
-import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,16 +17,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medfl.client import budget, home
 from medfl.client.data.cases import Cohort
 from medfl.client.encoding import case_set, local_statistics
-from medfl.client.examples import Gallery
-from medfl.client.training.caseset import CaseSet
-from medfl.client.training.plan import DpPlan, TrainPlan
-from medfl.common import accounting, tensors
-from medfl.common.errors import DataError, FederationError, PolicyRefused
+from medfl.client.evaluate import evaluate, rounded
+from medfl.client.outgoing import outgoing
+from medfl.client.training.plan import TrainPlan
+from medfl.common import tensors
+from medfl.common.errors import PolicyRefused
 from medfl.common.messages import PARTS, Instruction, Metrics, Part, Reply
-from medfl.common.metrics import default_metrics, needs_distances, summarise
-from medfl.common.metrics.scores import Scores, score_classification, score_masks
+from medfl.common.packing import pack_exactly
 from medfl.common.records import columns
 from medfl.common.seeds import derive
 from medfl.common.site import Policy, SitePrivacy
@@ -35,13 +34,13 @@ from medfl.common.statistics import Shared, shared_from_plain, statistics_to_pla
 from medfl.common.study import Study
 from medfl.common.tensors import Array, Tensors
 from medfl.strategies.catalogue import strategy_for
+from medfl.strategies.home import home_names
 from medfl.strategies.strategy import Local
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-log = logging.getLogger(__name__)
-
+# Networks built here before; building one takes longer than a round of a small site.
 _built: dict[tuple[str, int | None, bool, str], nn.Module] = {}
 
 
@@ -79,67 +78,66 @@ class Hospital:
         """Folder of what this site keeps between rounds."""
         return self.folder / "state"
 
+    @cached_property
+    def spends(self) -> SitePrivacy | None:
+        """The privacy that this site trains under, None without it."""
+        return budget.privacy_of(self.study, self.privacy)
+
 
 def answer(hospital: Hospital, asked: Instruction) -> Reply:
     """Do what is asked, if the hospital's study and policy allow it.
 
     Raises:
-        PolicyRefused: another study, a task that the policy forbids, or too few cases.
+        PolicyRefused: another study, or something that the policy or its privacy forbids.
+        BudgetSpent: the privacy budget does not allow another round.
         MedflError: what else keeps this hospital from answering.
     """
-    if asked.study_digest != hospital.study.digest:
-        raise PolicyRefused(
-            "The coordinator speaks of another study than the one this hospital holds. "
-            "Compare the digests on both sides and approve the new study if it is right."
-        )
-    if hospital.study.task.kind not in hospital.policy.tasks:
-        raise PolicyRefused(
-            f"policy.tasks of this site does not have {hospital.study.task.kind!r}. "
-            "Add it if the hospital wants to take part."
-        )
     started = time.monotonic()
+    _refuse_forbidden(hospital, asked)
     reply = _ANSWERS[asked.kind](hospital, asked)
     return replace(
         reply,
         round=asked.round,
         seconds=time.monotonic() - started,
         cohort=hospital.cohort.digest,
-        metrics=_rounded(reply.metrics, hospital.policy.round_metrics_to),
+        metrics=rounded(reply.metrics, hospital.policy.round_metrics_to),
     )
 
 
-def privacy_of(study: Study, site: SitePrivacy | None) -> SitePrivacy | None:
-    """The stricter of what the study and the hospital ask for; None where neither asks."""
-    asked = study.privacy
-    if asked is None:
-        return site
-    if site is None:
-        return SitePrivacy(epsilon=asked.epsilon, delta=asked.delta, clip=asked.clip)
-    return SitePrivacy(
-        epsilon=min(asked.epsilon, site.epsilon),
-        delta=min(asked.delta, site.delta),
-        clip=asked.clip,
-    )
+def _refuse_forbidden(hospital: Hospital, asked: Instruction) -> None:
+    """Whatever is asked, in whatever order: nobody has to ask for `prepare` first."""
+    study, policy = hospital.study, hospital.policy
+    if asked.study_digest != study.digest:
+        raise PolicyRefused(
+            "The coordinator speaks of another study than the one this hospital holds. "
+            "Compare the digests on both sides and approve the new study if it is right."
+        )
+    if study.task.kind not in policy.tasks:
+        raise PolicyRefused(
+            f"policy.tasks of this site does not have {study.task.kind!r}. "
+            "Add it if the hospital wants to take part."
+        )
+    if hospital.spends is not None:
+        budget.refuse_unprotected(study)
+        if "train" in asked.parts:
+            raise PolicyRefused(
+                "The coordinator asks for metrics of the training cases, which no noise protects."
+            )
+    n_cases = len(hospital.cohort.positions("train"))
+    if n_cases < policy.min_cases:
+        raise PolicyRefused(
+            f"{n_cases} training cases, and this site's policy asks for at least "
+            f"{policy.min_cases}. Nothing was sent."
+        )
 
 
 def _prepare(hospital: Hospital, asked: Instruction) -> Reply:
-    cohort = hospital.cohort
-    counts = _counts(cohort)
-    if counts["train"] < max(1, hospital.policy.min_cases):
-        raise PolicyRefused(
-            f"{counts['train']} training cases, and this site's policy asks for at least "
-            f"{hospital.policy.min_cases}. Nothing was sent."
-        )
-    private = privacy_of(hospital.study, hospital.privacy) is not None
-    left_out: dict[str, int] = {}
-    for case in cohort.quarantined:
-        left_out[case.reason] = left_out.get(case.reason, 0) + 1
-    return Reply(
-        site=hospital.name,
-        n_cases=counts["train"],
-        counts=counts,
-        left_out=left_out,
-        statistics=statistics_to_plain(local_statistics(hospital.study, cohort, private=private)),
+    private = hospital.spends is not None
+    statistics = local_statistics(hospital.study, hospital.cohort, private=private)
+    return replace(
+        _described(hospital),
+        n_cases=statistics.n_cases,
+        statistics=statistics_to_plain(statistics),
     )
 
 
@@ -147,61 +145,49 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
     from medfl.client.training.loop import train
 
     study, shared = hospital.study, shared_from_plain(asked.shared)
-    model = _model(hospital, asked, shared)
-    home = _home_names(model, hospital.local)
-    _enter(hospital, model, asked, home, asked.round - 1)
-    metrics = {part: _evaluate(hospital, model, shared, asked, part) for part in asked.parts}
-    _prune(hospital, asked)
+    model = _received(hospital, asked, shared, asked.round - 1)
+    metrics = _evaluated(hospital, asked, model, shared)
     cases = case_set(study, shared, hospital.cohort, "train")
-    plan, history = _plan(hospital, asked, len(cases))
-    own_control = _own_control(hospital, asked)
-    if hospital.local.proximal_mu:
-        plan = replace(plan, penalty=proximal(hospital.local.proximal_mu))
-    if own_control is not None:
-        plan = replace(plan, correction=_torch(tensors.subtract(asked.control, own_control)))
+    own_control = (
+        home.load_control(hospital.state, asked.control) if hospital.local.control_variates else {}
+    )
+    plan = _plan(hospital, asked, len(cases))
+    plan = replace(plan, correction=_torch(tensors.subtract(asked.control, own_control)) or None)
     before = _weights(model)
     outcome = train(model, cases, study, shared, plan)
-    delta = tensors.subtract(_weights(model), before)
-    control: Tensors = {}
-    if own_control is not None:
-        control = _control_change(
-            own_control, asked.control, delta, outcome.steps, outcome.learning_rate
-        )
-        tensors.save(tensors.add(own_control, control), _control_file(hospital))
-    if home:
-        after = _weights(model)
-        tensors.save({n: after[n] for n in home}, _home_file(hospital, asked.round))
-    spent = _spend(hospital, history, plan.dp, outcome.steps)
-    return Reply(
+    after = _weights(model)
+    delta = tensors.subtract(after, before)
+    control = home.control_change(
+        own_control, asked.control, delta, outcome.steps * outcome.learning_rate
+    )
+    if own_control:
+        home.save_control(hospital.state, tensors.add(own_control, control))
+    stays = home_names(model, hospital.local)
+    if stays:
+        layers = {n: a for n, a in after.items() if n in stays}
+        home.save_layers(hospital.state, asked.round, layers, asked.best_round)
+    reply = Reply(
         site=hospital.name,
         n_cases=len(cases),
         steps=outcome.steps,
         loss=outcome.loss,
-        epsilon=None if spent is None else spent[0],
-        target_delta=None if spent is None else spent[1],
         metrics=metrics,
-        delta={n: a.astype(np.float32) for n, a in delta.items() if n not in home},
-        control={n: a.astype(np.float32) for n, a in control.items()},
+        delta=outgoing(
+            hospital.state,
+            asked.round,
+            {n: a.astype(np.float32) for n, a in delta.items() if n not in stays},
+            study.federation.updates,
+        ),
+        control=pack_exactly({n: a for n, a in control.items() if n not in stays}),
     )
+    return _with_spent(hospital, reply)
 
 
 def _finish(hospital: Hospital, asked: Instruction) -> Reply:
     shared = shared_from_plain(asked.shared)
-    model = _model(hospital, asked, shared)
-    home = _home_names(model, hospital.local)
-    _enter(hospital, model, asked, home, asked.round)
-    cohort = hospital.cohort
-    spent = _spend(hospital, _history(hospital), None, 0)
-    return Reply(
-        site=hospital.name,
-        metrics={
-            part: _evaluate(hospital, model, shared, asked, part, final=part == "test")
-            for part in asked.parts
-        },
-        counts=_counts(cohort),
-        epsilon=None if spent is None else spent[0],
-        target_delta=None if spent is None else spent[1],
-    )
+    model = _received(hospital, asked, shared, asked.round)
+    metrics = _evaluated(hospital, asked, model, shared)
+    return _with_spent(hospital, replace(_described(hospital), metrics=metrics))
 
 
 _ANSWERS: Mapping[str, Callable[[Hospital, Instruction], Reply]] = {
@@ -209,6 +195,42 @@ _ANSWERS: Mapping[str, Callable[[Hospital, Instruction], Reply]] = {
     "round": _round,
     "finish": _finish,
 }
+
+
+def _described(hospital: Hospital) -> Reply:
+    """How many cases there are, and how many were left out for which reason."""
+    cohort = hospital.cohort
+    return Reply(
+        site=hospital.name,
+        counts={part: len(cohort.positions(part)) for part in PARTS},
+        left_out=dict(Counter(case.reason for case in cohort.quarantined)),
+    )
+
+
+def _with_spent(hospital: Hospital, reply: Reply) -> Reply:
+    privacy = hospital.spends
+    if privacy is None:
+        return reply
+    return replace(reply, epsilon=budget.spent(hospital.state, privacy), target_delta=privacy.delta)
+
+
+def _plan(hospital: Hospital, asked: Instruction, n_cases: int) -> TrainPlan:
+    """How this round trains here; with privacy, the round is charged now."""
+    study, privacy, mu = hospital.study, hospital.spends, hospital.local.proximal_mu
+    purpose: list[str | int] = ["site", hospital.name, hospital.secret, "round", asked.round]
+    dp = None
+    if privacy is not None and n_cases:
+        dp, steps = budget.dp_plan(study, privacy, n_cases)
+        # The same noise twice would cancel out in the difference of two answers.
+        purpose += ["begun", budget.reserve(hospital.state, privacy, dp, steps)]
+    return TrainPlan(
+        round=asked.round,
+        rounds=study.federation.rounds,
+        seed=derive(asked.seed, *purpose),
+        device=hospital.device,
+        dp=dp,
+        penalty=proximal(mu) if mu else None,
+    )
 
 
 def proximal(mu: float) -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]:
@@ -223,131 +245,36 @@ def proximal(mu: float) -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]]
     return penalty
 
 
-def _control_change(
-    own: Tensors, server: Tensors, delta: Tensors, steps: int, learning_rate: float
-) -> dict[str, Array]:
-    """c_i+ - c_i = -c + (x - y_i) / (K eta): Karimireddy et al. 2020, Algorithm 1, option II."""
-    scale = 1.0 / max(steps * learning_rate, 1e-12)
-    return {n: -server[n] - scale * delta[n] for n in own}
-
-
-def _evaluate(
-    hospital: Hospital,
-    model: nn.Module,
-    shared: Shared,
-    asked: Instruction,
-    part: Part,
-    final: bool = False,
-) -> Metrics:
-    """Metrics of one part; the final ones also leave scores and examples in the site's folder."""
-    study = hospital.study
-    cases = case_set(study, shared, hospital.cohort, part)
-    names = tuple(study.evaluation.metrics or default_metrics(study.task))
-    if not final:
-        # Metrics that need surfaces are worth their time once, at the end.
-        names = tuple(n for n in names if not needs_distances([n]))
-    if not len(cases):
-        return dict.fromkeys(names, None)
-    gallery = Gallery(study) if final and study.image is not None else None
-    scores = score(
-        model,
-        cases,
-        study,
-        hospital.device,
-        distances=needs_distances(names),
-        gallery=gallery,
-    )
-    if final:
-        scores.save(hospital.folder / "scores.npz")
-    if gallery is not None:
-        gallery.save(hospital.folder / "examples.npz")
-    return summarise(study.task, scores, names)
-
-
-def score(
-    model: nn.Module,
-    cases: CaseSet,
-    study: Study,
-    device: str,
-    *,
-    distances: bool,
-    gallery: Gallery | None = None,
-) -> Scores:
-    """What the model does on these cases, case by case."""
-    from medfl.client.training.predict import predict
-
-    batches = predict(model, cases, study, device)
-    if study.task.kind == "segmentation":
-        predictions = (np.asarray(mask) for batch in batches for mask in batch)
-        masks = (np.asarray(cases.targets[i], dtype=np.uint8) for i in range(len(cases)))
-        shown = gallery.watch(cases, predictions) if gallery is not None else predictions
-        spacing = study.image.spacing_mm if study.image is not None else None
-        spacings = None if spacing is None else [tuple(spacing)] * len(cases)
-        return score_masks(
-            cases.keys, cases.patients, masks, shown, study.task.classes, spacings, distances
+def _evaluated(
+    hospital: Hospital, asked: Instruction, model: nn.Module, shared: Shared
+) -> dict[Part, Metrics]:
+    """Metrics of the parts asked for; the test part's cases also leave their scores here."""
+    return {
+        part: evaluate(
+            model,
+            case_set(hospital.study, shared, hospital.cohort, part),
+            hospital.study,
+            hospital.device,
+            keep=hospital.folder if part == "test" else None,
         )
-    probability = np.concatenate([np.asarray(batch) for batch in batches])
-    if gallery is not None:
-        gallery.choose(cases, probability)
-    return score_classification(cases.keys, cases.patients, np.asarray(cases.targets), probability)
+        for part in asked.parts
+    }
 
 
-def _plan(
-    hospital: Hospital, asked: Instruction, n_cases: int
-) -> tuple[TrainPlan, list[tuple[float, float, int]]]:
-    """How this round trains here, and what privacy earlier rounds of this run have spent."""
-    from medfl.client.training.schedule import private_steps_in_round, sample_rate_for
+def _received(hospital: Hospital, asked: Instruction, shared: Shared, round_: int) -> nn.Module:
+    """The network with the received weights, and this site's own layers of `round_` over them."""
+    from medfl.common.models.weights import set_weights
 
-    study = hospital.study
-    plan = TrainPlan(
-        round=asked.round,
-        rounds=study.federation.rounds,
-        seed=derive(asked.seed, "site", hospital.name, hospital.secret, "round", asked.round),
-        device=hospital.device,
-    )
-    privacy = privacy_of(study, hospital.privacy)
-    if privacy is None:
-        return plan, []
-    rate = sample_rate_for(study, n_cases)
-    steps = private_steps_in_round(study, rate) * study.federation.rounds
-    noise = accounting.noise_multiplier_for(privacy.epsilon, privacy.delta, rate, steps)
-    dp = DpPlan(noise_multiplier=noise, sample_rate=rate, clip=privacy.clip)
-    return replace(plan, dp=dp), _history(hospital)
-
-
-def _spend(
-    hospital: Hospital,
-    history: list[tuple[float, float, int]],
-    dp: DpPlan | None,
-    steps: int,
-) -> tuple[float, float] | None:
-    """Write down the steps taken and return (epsilon, delta) of the run so far."""
-    privacy = privacy_of(hospital.study, hospital.privacy)
-    if privacy is None:
-        return None
-    if dp is not None:
-        history = [*history, (dp.noise_multiplier, dp.sample_rate, steps)]
-        content = json.dumps(history).encode()
-        tensors.write_atomic(hospital.state / "privacy.json", content)
-    return accounting.epsilon(tuple(history), privacy.delta), privacy.delta
-
-
-def _history(hospital: Hospital) -> list[tuple[float, float, int]]:
-    file = hospital.state / "privacy.json"
-    if not file.exists():
-        return []
-    return [(float(n), float(q), int(t)) for n, q, t in json.loads(file.read_text())]
-
-
-def _counts(cohort: Cohort) -> dict[Part, int]:
-    return {part: len(cohort.positions(part)) for part in PARTS}
+    model = _model(hospital, asked, shared)
+    weights = dict(asked.weights)
+    if hospital.local.keeps != "nothing":
+        weights.update(home.load_layers(hospital.state, round_))
+    set_weights(model, weights)
+    return model
 
 
 def _model(hospital: Hospital, asked: Instruction, shared: Shared) -> nn.Module:
-    """The study's network on the hospital's device; its weights are whatever it had before.
-
-    Building one takes longer than a round of a small site, so the last ones built are kept.
-    """
+    """The study's network on the hospital's device; its weights are whatever it had before."""
     from medfl.common.models import build_model
 
     study = hospital.study
@@ -373,77 +300,3 @@ def _torch(arrays: Tensors) -> dict[str, Tensor]:
     import torch
 
     return {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in arrays.items()}
-
-
-def _enter(
-    hospital: Hospital, model: nn.Module, asked: Instruction, home: frozenset[str], round_: int
-) -> None:
-    """Put the received weights into the model, and this site's own layers of `round_` over them."""
-    from medfl.common.models.weights import set_weights
-
-    weights = dict(asked.weights)
-    if home and round_ > 0:
-        file = _home_file(hospital, round_)
-        if not file.exists():
-            # A site that was not drawn in that round goes on from its latest layers.
-            file = _latest_home(hospital)
-        if file.exists():
-            weights.update(tensors.load(file))
-    set_weights(model, weights)
-
-
-def _home_names(model: nn.Module, local: Local) -> frozenset[str]:
-    """Names of the parameters and buffers that never leave this hospital."""
-    if local.keeps == "nothing":
-        return frozenset()
-    if local.keeps == "everything":
-        return frozenset(model.state_dict())
-    from medfl.common.models.norms import normalisation_names
-
-    names = frozenset(normalisation_names(model))
-    if not names:
-        raise FederationError(
-            "federation.strategy: this strategy keeps normalisation layers at the hospital, and "
-            "the model has none with parameters. Choose a norm with parameters in model.options."
-        )
-    return names
-
-
-def _home_file(hospital: Hospital, round_: int) -> Path:
-    return hospital.state / f"home_{round_:05d}.safetensors"
-
-
-def _latest_home(hospital: Hospital) -> Path:
-    files = sorted(hospital.state.glob("home_*.safetensors"))
-    return files[-1] if files else _home_file(hospital, 0)
-
-
-def _prune(hospital: Hospital, asked: Instruction) -> None:
-    """Layers at home are kept of the best round and the latest one."""
-    keep = {_home_file(hospital, asked.best_round), _latest_home(hospital)}
-    for file in hospital.state.glob("home_*.safetensors"):
-        if file not in keep:
-            file.unlink()
-
-
-def _control_file(hospital: Hospital) -> Path:
-    return hospital.state / "control.safetensors"
-
-
-def _own_control(hospital: Hospital, asked: Instruction) -> dict[str, Array] | None:
-    """This site's control variate; zeros before its first round; None where none is asked for."""
-    if not hospital.local.control_variates:
-        return None
-    if not asked.control:
-        raise DataError("The strategy needs a control variate and the coordinator sent none.")
-    file = _control_file(hospital)
-    if file.exists():
-        return tensors.load(file)
-    return {n: np.zeros_like(a) for n, a in asked.control.items()}
-
-
-def _rounded(metrics: Mapping[Part, Metrics], decimals: int) -> dict[Part, Metrics]:
-    return {
-        part: {n: None if v is None else round(v, decimals) for n, v in values.items()}
-        for part, values in metrics.items()
-    }

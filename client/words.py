@@ -106,7 +106,7 @@ def _privacy(study: Study, site: Site | None) -> Iterator[str]:
 
 
 def _stricter(study: Study, own: SitePrivacy | None) -> SitePrivacy:
-    from medfl.client.hospital import privacy_of
+    from medfl.client.budget import privacy_of
 
     found = privacy_of(study, own)
     if found is None:

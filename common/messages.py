@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 
-from medfl.common.errors import FederationError
+from medfl.common.errors import (
+    BudgetSpent,
+    ConfigError,
+    DataError,
+    FederationError,
+    PolicyRefused,
+    StorageError,
+)
 from medfl.common.tensors import Tensors
 
 log = logging.getLogger(__name__)
@@ -72,6 +80,7 @@ class Reply:
     counts: cases by part. left_out: cases left out, by reason. statistics: plain form of
         `LocalStatistics`, in prepare only. refusal: why the hospital takes no part, "" else.
     delta: local minus global weights. control: change of the site's control variate (SCAFFOLD).
+        Both may travel packed (`medfl.common.packing`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -100,12 +109,26 @@ _ARRAYS: dict[type, tuple[str, ...]] = {
     Reply: ("delta", "control"),
 }
 
+_DECODERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in _ARRAYS}
+
+# All that a coordinator learns of an error at a hospital. The first class that fits counts.
+_REFUSALS: dict[type[Exception], str] = {
+    PolicyRefused: "not allowed by the hospital's policy",
+    BudgetSpent: "privacy budget spent",
+    DataError: "data cannot serve the study",
+    ConfigError: "study cannot be run there",
+    FederationError: "message could not be used",
+    StorageError: "disk full or damaged file",
+    MemoryError: "out of memory",
+}
+UNEXPECTED = "unexpected error"
+
 
 def pack(message: Instruction | Reply) -> Envelope:
-    """As an envelope; the arrays are not copied."""
+    """As an envelope; the arrays are not copied. Raises ValueError for numbers that are none."""
     groups = {name: getattr(message, name) for name in _ARRAYS[type(message)]}
     emptied = {f.name: getattr(message, f.name) for f in fields(message) if f.name not in groups}
-    return Envelope(json.dumps(emptied, sort_keys=True), groups)
+    return Envelope(json.dumps(emptied, sort_keys=True, allow_nan=False), groups)
 
 
 def unpack_instruction(envelope: Envelope) -> Instruction:
@@ -121,11 +144,12 @@ def unpack_reply(envelope: Envelope) -> Reply:
 def _unpack(envelope: Envelope, kind: type[M]) -> M:
     known = {f.name for f in fields(kind)} - set(_ARRAYS[kind])
     try:
-        plain = json.loads(envelope.about)
+        plain = json.loads(envelope.about, parse_constant=_finite, parse_float=_finite)
         if isinstance(plain, dict) and set(plain) == known:
             groups = {name: dict(group) for name, group in envelope.arrays.items()}
-            return TypeAdapter(kind).validate_python({**plain, **groups})
-    except (json.JSONDecodeError, ValidationError):
+            message: M = _DECODERS[kind].validate_python({**plain, **groups})
+            return message
+    except (ValueError, RecursionError):  # JSON's and pydantic's errors are ValueErrors
         # What was in it stays unsaid: the text may hold what the sender should not have sent.
         log.warning("a message that is not a %s was refused", kind.__name__.lower())
     raise FederationError(
@@ -134,14 +158,18 @@ def _unpack(envelope: Envelope, kind: type[M]) -> M:
     )
 
 
+def _finite(text: str) -> float:
+    """JSON's numbers without NaN, Infinity and 1e999: one of them would spoil every sum."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError("a number is not finite")
+    return value
+
+
 def refusal(site: str, error: Exception, round_: int) -> Reply:
     """The answer of a hospital that cannot or will not do it.
 
-    Only the class of the error leaves the hospital: its text may name files and patients.
+    What leaves the hospital is one of a few fixed phrases: an error's text may name files and
+    patients.
     """
-    return Reply(site=site, round=round_, refusal=type(error).__name__)
-
-
-def as_record(reply: Reply) -> dict[str, Any]:
-    """A reply without its arrays, for logs and reports."""
-    return {k: v for k, v in asdict(reply).items() if k not in _ARRAYS[Reply]}
+    phrases = (phrase for kind, phrase in _REFUSALS.items() if isinstance(error, kind))
+    return Reply(site=site, round=round_, refusal=next(phrases, UNEXPECTED))
