@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,7 +71,8 @@ def deidentify_folder(
         DataError: no file can be passed on. StorageError: `out` cannot be written.
     """
     _check_places(source, out)
-    written: dict[Path, Path] = {}
+    written: set[Path] = set()
+    seen: dict[str, Path] = {}
     counts: Counter[str] = Counter()
     look_at: list[str] = []
     request = {
@@ -87,11 +88,12 @@ def deidentify_folder(
         if answer.plain["withdrawn"] in withdrawn:
             counts["withdrawn"] += 1
             continue
-        name = _name(answer.plain)
-        if name in written:
-            counts["uid_conflict" if _differs(path, written[name]) else "copy"] += 1
+        first = seen.setdefault(answer.plain["instance"], path)
+        if first != path:
+            counts["uid_conflict" if _differs(path, first) else "copy"] += 1
             continue
-        written[name] = path
+        name = _name(answer.plain)
+        written.add(name)
         _write(out / name, b"" if answer.array is None else answer.array.tobytes())
         counts["unseen"] += look and answer.plain["text"] is None
         if answer.plain["text"]:
@@ -173,7 +175,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _summary(
-    written: Mapping[Path, Path], counts: Counter[str], look_at: list[str], options: Deid
+    written: Collection[Path], counts: Counter[str], look_at: list[str], options: Deid
 ) -> Summary:
     known = ("copy", "unseen")
     return Summary(

@@ -12,8 +12,10 @@ import pytest
 from pydicom.dataset import Dataset
 
 from medfl.client.cli import main
+from medfl.client.data.store import build_entry
 from medfl.client.data.withdrawn import load_withdrawn
-from medfl.common.errors import ConfigError
+from medfl.common.errors import CaseError, ConfigError
+from medfl.common.site import Cache
 
 Make = Callable[..., Dataset]
 Write = Callable[[Dataset, Path], Path]
@@ -119,6 +121,16 @@ def test_the_cache_does_not_quote_a_broken_files_name(
             assert leaks({"Jones", "Smith", str(tmp_path)}, path.read_bytes()) == set()
 
 
+def test_the_cache_does_not_quote_what_a_reader_says_of_a_file(
+    tmp_path: Path, leaks: Leaks
+) -> None:
+    outcome = CaseError("unreadable", "ValueError: 'Quillfeather^Ottoline' in Jones.dcm")
+    stored = build_entry(Cache(path=tmp_path), "entry", [outcome])
+    assert stored.entries[0].reason == "unreadable"
+    for path in tmp_path.rglob("*.*"):
+        assert leaks({"Quillfeather", "Jones"}, path.read_bytes()) == set()
+
+
 def test_the_names_of_cases_depend_on_the_sites_key_and_not_on_its_name(hospital: Path) -> None:
     pages = []
     for _ in range(2):
@@ -128,28 +140,30 @@ def test_the_names_of_cases_depend_on_the_sites_key_and_not_on_its_name(hospital
     assert pages[0] != pages[1]
 
 
-def left_out(hospital: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, int]:
+def counted(hospital: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, int]:
+    """Usable cases, and those left out by reason."""
     capsys.readouterr()
     check(hospital, "--json")
     plain = json.loads(capsys.readouterr().out)
-    return {item["reason"]: item["cases"] for item in plain["left_out"]}
+    reasons = {item["reason"]: item["cases"] for item in plain["left_out"]}
+    return {"usable": plain["usable"]} | reasons
 
 
 def test_a_patient_who_withdraws_is_left_out_and_may_come_back(
     hospital: Path, capsys: pytest.CaptureFixture[str], leaks: Leaks
 ) -> None:
-    before = left_out(hospital, capsys)
+    before = counted(hospital, capsys)
     assert "withdrawn" not in before
     argv = ["exclude", str(hospital / "site.toml"), "HOSP-778812"]
     assert main(argv) == 0
     assert main(argv) == 0
-    assert left_out(hospital, capsys) == before | {"withdrawn": 1}
+    assert counted(hospital, capsys) == before | {"usable": before["usable"] - 1, "withdrawn": 1}
     kept = hospital / ".medfl-withdrawn"
     assert kept.stat().st_mode & 0o777 == 0o600
     assert len(load_withdrawn(kept)) == 1
     assert leaks({"HOSP-778812", "778812"}, kept.read_bytes()) == set()
     assert main([*argv, "--undo"]) == 0
-    assert left_out(hospital, capsys) == before
+    assert counted(hospital, capsys) == before
 
 
 def test_a_patient_who_withdraws_is_not_copied_either(

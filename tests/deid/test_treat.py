@@ -15,6 +15,7 @@ from pydicom.dataset import Dataset
 
 from medfl.client.deid import table
 from medfl.common.errors import CaseError
+from medfl.common.site import Deid
 
 Make = Callable[..., Dataset]
 Write = Callable[[Dataset, Path], Path]
@@ -113,6 +114,14 @@ def test_an_option_retains_what_it_names_and_only_then(
     path = write(planted(), tmp_path / "a.dcm")
     assert str(deidentify(path, **{option: True})[keyword].value) == kept
     assert str(deidentify(path).get(keyword, "")) in ("", "REMOVED")
+
+
+def test_without_its_option_an_attribute_falls_under_the_basic_profile() -> None:
+    by_name = {row.keyword: row for row in table.rows().values()}
+    for keyword in ("DeviceSerialNumber", "InstitutionName", "PatientAge", "StudyDescription"):
+        assert table.action(by_name[keyword], Deid()) in ("dummy", "remove")
+    assert table.action(by_name["StudyDate"], Deid(retain_longitudinal="none")) == "empty"
+    assert table.action(by_name["PatientBirthDate"], Deid(retain_longitudinal="full")) == "empty"
 
 
 def test_an_age_of_ninety_or_more_is_told_as_ninety(
