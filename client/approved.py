@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from medfl.client import consent
+from medfl.client.budget import privacy_of
 from medfl.client.consent import Refusal, allowed
 from medfl.client.data.cases import Cohort
-from medfl.client.budget import privacy_of
 from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
 from medfl.common.errors import PolicyRefused

@@ -514,6 +514,7 @@ def test_a_node_without_hospital_is_answered_with_a_refusal(tmp_path: Path) -> N
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0
     out = client_app(nobody)(
-        Message(RecordDict(), 1, "query.prepare"), Context(1, 1, {}, RecordDict(), {})
+        Message(to_record(pack(Instruction("prepare", "", "main"))), 1, "query.prepare"),
+        Context(1, 1, {}, RecordDict(), {}),
     )
     assert unpack_reply(from_record(out.content)).refusal == "unexpected error"
