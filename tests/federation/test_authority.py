@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from medfl.common import certificates, invitation
 from medfl.common.audit import verify
@@ -289,6 +291,17 @@ def test_a_site_renews_only_itself(federation: Federation, tmp_path: Path) -> No
     for nonsense in ("", "-----BEGIN CERTIFICATE REQUEST-----\nAAAA", "x" * 1000):
         with pytest.raises(PolicyRefused, match="not a sound"):
             authority.renew(federation, first, nonsense, 90)
+
+
+def test_a_request_must_be_signed_by_the_key_that_it_names() -> None:
+    """Or somebody could get a certificate for a key that is not his."""
+    pem = certificates.request("a", certificates.new_tls_key())
+    assert certificates.requested(pem)[0] == "a"
+    der = bytearray(x509.load_pem_x509_csr(pem.encode()).public_bytes(Encoding.DER))
+    der[-1] ^= 1
+    forged = x509.load_der_x509_csr(bytes(der)).public_bytes(Encoding.PEM).decode()
+    with pytest.raises(PolicyRefused, match="not a sound"):
+        certificates.requested(forged)
 
 
 def test_a_damaged_record_stops_rather_than_admits(federation: Federation, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -519,3 +520,42 @@ def test_an_address_that_nobody_answers_at_is_said_plainly(world: World) -> None
 def test_an_address_has_host_and_port(world: World, address: str) -> None:
     with pytest.raises(ConfigError, match="host and port"):
         enrolment.enrol(Home(world.folder / "a"), address, world.invited("a"))
+
+
+def test_a_hospital_behind_an_http_proxy_reaches_the_coordinator(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = world.joined("a")
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=proxy, args=(listener, asked), daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        with enrolment.line_to(home) as line:
+            assert studies(line).published == ()
+    assert asked[0].startswith(f"CONNECT {world.address}".encode())
+
+
+def proxy(listener: socket.socket, asked: list[bytes]) -> None:
+    """One CONNECT, then bytes both ways until either side ends."""
+    try:
+        near, _ = listener.accept()
+    except OSError:
+        return
+    asked.append(near.recv(4096))
+    host, _, port = asked[0].split()[1].decode().partition(":")
+    with near, socket.create_connection((host, int(port))) as far:
+        near.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        back = threading.Thread(target=pump, args=(far, near), daemon=True)
+        back.start()
+        pump(near, far)
+        back.join(5)
+
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        return
