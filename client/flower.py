@@ -64,6 +64,7 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
     def handle(message: Message, context: Context) -> Message:
         received = from_record(message.content)
         asked = unpack_instruction(received)
+        context.run_config["run"] = asked.run
         site = str(getattr(find_hospital, "name", ""))
         try:
             hospital = find_hospital(context)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import medfl  # noqa: F401  before anybody imports grpc, which reads the environment then
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Flower asks an outside host to count its users unless told otherwise, and keeps state in the home

@@ -175,6 +175,11 @@ def test_a_token_of_another_site_is_refused(federation: Federation, tmp_path: Pa
     _, mixed = request_of(tmp_path / "b", token, site="b")
     with pytest.raises(PolicyRefused, match="another site"):
         authority.enrol(federation, knock(federation, token), replace(mixed, site="a"), 90)
+    key = new_key(tmp_path / "other.key")
+    pem = certificates.request("a", certificates.new_tls_key())
+    said = Enrol("b", pem, public_of(key), sign(key, PROOF, {"request": pem, "site": "b"}))
+    with pytest.raises(PolicyRefused, match="another site"):
+        authority.enrol(federation, knock(federation, token), said, 90)
     assert federation.sites() == []
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import grpc
 import pytest
 
 from medfl import __version__
@@ -38,8 +39,6 @@ from medfl.server.authority import DAY_S
 from medfl.server.federation import Federation
 from medfl.server.gateway import Gateway, Peers, Sessions
 from medfl.server.settings import ServerSettings, open_federation
-
-import grpc  # isort: skip
 
 
 @dataclass
@@ -231,9 +230,13 @@ def test_a_site_cannot_pose_as_the_gateway(world: World) -> None:
 
 
 def test_only_tls_1_3_is_spoken(world: World) -> None:
+    home = world.joined("a")
+
     def handshake(version: ssl.TLSVersion) -> str | None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        # In TLS 1.2 a handshake without a certificate fails for that reason already.
+        context.load_cert_chain(home.identity_file)
         context.minimum_version = context.maximum_version = version
         with socket.create_connection(("127.0.0.1", world.gateway.port)) as plain:
             with context.wrap_socket(plain) as secured:
@@ -242,6 +245,22 @@ def test_only_tls_1_3_is_spoken(world: World) -> None:
     assert handshake(ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
     with pytest.raises((ssl.SSLError, ConnectionError)):
         handshake(ssl.TLSVersion.TLSv1_2)
+
+
+def test_a_call_over_an_older_tls_is_refused_even_where_the_handshake_was_not(
+    world: World,
+) -> None:
+    class Context:
+        """What grpcio says of a connection."""
+
+        def auth_context(self) -> dict[str, list[bytes]]:
+            return {"ssl_tls_version": [b"TLSv1.2"], "x509_pem_cert": [b"whatever"]}
+
+        def abort(self, code: grpc.StatusCode, text: str) -> None:
+            raise PolicyRefused(f"{code}: {text}")
+
+    with pytest.raises(PolicyRefused, match=r"UNAUTHENTICATED: Only TLS 1\.3"):
+        world.gateway.peers.who(Context())
 
 
 def test_a_revocation_holds_at_the_next_call_of_an_open_connection(world: World) -> None:
@@ -326,6 +345,22 @@ def test_the_gateway_refuses_to_start_with_an_expired_certificate(world: World) 
     world.clock.offset = 3651 * DAY_S
     with pytest.raises(ConfigError, match="authority has expired"):
         Gateway(world.federation, world.settings)
+
+
+def test_a_gateway_whose_certificate_has_expired_is_refused_with_the_reason(world: World) -> None:
+    home = world.joined("a")
+    world.clock.offset = -91 * DAY_S
+    authority.renew_gateway(world.federation, world.settings)
+    # By the clock of that time, which the server goes by, the certificate is fresh.
+    shut = Gateway(world.federation, replace(world.settings, listen="127.0.0.1:0"))
+    shut.start()
+    key, shown = home.identity()
+    try:
+        with connected(f"127.0.0.1:{shut.port}", home.authority(), key, shown) as line:
+            with pytest.raises(FederationError, match="expired or is not yet valid"):
+                studies(line)
+    finally:
+        shut.stop(0)
 
 
 def test_a_port_in_use_is_said_plainly(world: World) -> None:
