@@ -14,9 +14,9 @@ from medfl.client.consent import Refusal, allowed
 from medfl.client.data.cases import Cohort
 from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
-from medfl.common.errors import PolicyRefused
+from medfl.common.errors import BudgetSpent, PolicyRefused
 from medfl.common.messages import Envelope, Instruction
-from medfl.common.private_files import read_private, write_private
+from medfl.common.private_files import private_folder, read_private, write_private
 from medfl.common.receipts import Seal, asked_by, attach, content_of, seal
 from medfl.common.site import Site, load_site
 from medfl.common.study import Study
@@ -53,6 +53,7 @@ class Approved:
             self._last = digest, self._hospital(site, study)
         hospital = self._last[1]
         self._refuse(digest, hospital.cohort.digest)
+        begin_run(hospital, str(context.run_config.get("run", "")))
         return hospital
 
     def seal(self, about: str, asked: Instruction, envelope: Envelope) -> Envelope:
@@ -110,6 +111,29 @@ def hospitals(argument: str) -> Approved:
     about = json.loads(argument)
     home = Home(Path(about["state"]))
     return Approved(home, Path(about["site"]), home.enrolment().site)
+
+
+def begin_run(hospital: Hospital, run: str) -> None:
+    """Where this is another run than the last of the study, drop what that one left.
+
+    Control variates and layers kept at home belong to a run; privacy that was spent does not.
+
+    Raises:
+        BudgetSpent: an earlier run has spent the privacy that this hospital gives the study.
+    """
+    file, state = hospital.folder / "run", hospital.state
+    last = file.read_text(encoding="utf-8") if file.exists() else ""
+    if run == last:
+        return
+    if last and (state / "privacy.json").exists():
+        raise BudgetSpent(
+            "An earlier run of this study has spent its privacy budget here. A new study, agreed "
+            "upon anew, can have its own."
+        )
+    for left in state.glob("*.safetensors"):
+        left.unlink()
+    private_folder(hospital.folder)
+    write_private(file, run.encode())
 
 
 def device_of(site: Site) -> str:

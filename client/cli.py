@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medfl import __version__
+from medfl.client.cli_defaults import defaults
 from medfl.client.cli_federation import add_federation_commands
 from medfl.common import cli
 
@@ -28,7 +29,7 @@ add_federation_commands(app)
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; the exit codes are those of `medfl.common.errors`."""
-    return cli.run(app, argv, "medfl-client")
+    return cli.run(app, argv, "medfl-client", defaults)
 
 
 def _say_version(value: bool) -> None:
@@ -44,6 +45,9 @@ def _options(
     ] = False,
 ) -> None:
     """Take part in studies without letting an image leave the hospital.
+
+    Settings come from client.toml (in ~/.config/medfl or /etc/medfl, or where MEDFL_CLIENT_TOML
+    points), then from MEDFL_STATE and MEDFL_SITE, then from flags.
 
     Example: medfl-client check site.toml --study study.toml --html check.html
     """

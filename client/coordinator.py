@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import grpc
+
 from medfl.common import certificates, coordination
 from medfl.common.certificates import Certificate, TlsKey
 from medfl.common.coordination import METHODS, SERVICE
 from medfl.common.errors import FederationError, MedflError, PolicyRefused
 from medfl.common.tunnel import GRPC_OPTIONS
-
-# After medfl.common.coordination, which sets what grpcio reads when it is first used.
-import grpc  # isort: skip
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +86,12 @@ def translated(error: grpc.RpcError, address: str) -> MedflError:
         return FederationError(f"The coordinator does not accept this: {text}")
     if code is grpc.StatusCode.INTERNAL and text.startswith("The coordinator"):
         return FederationError(f"{text} Try again later.")
+    if "not yet valid" in text or "has expired" in text:
+        return FederationError(
+            f"The certificate of the coordinator at {address} has expired or is not yet valid by "
+            "this machine's clock. Compare the clocks; if they agree, tell the coordinator to run: "
+            "medfl-server renew"
+        )
     if "CERTIFICATE_VERIFY_FAILED" in text or "ostname" in text:
         return FederationError(
             f"What answers at {address} is not the coordinator of this federation: its "

@@ -73,6 +73,7 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
             received = from_record(message.content)
             asked = unpack_instruction(received)
             round_ = asked.round
+            context.run_config["run"] = asked.run
             if seal is not None:
                 sealed = partial(seal, received.about, asked)
             hospital = find_hospital(context)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import click
 import typer
@@ -18,11 +19,23 @@ EXIT_CODES = (
 )
 
 
-def run(app: typer.Typer, argv: Sequence[str] | None, name: str) -> int:
-    """Run `app` and return the exit code; only here are errors turned into text."""
+def run(
+    app: typer.Typer,
+    argv: Sequence[str] | None,
+    name: str,
+    defaults: Callable[[click.Command], Mapping[str, Any]] = lambda command: {},
+) -> int:
+    """Run `app` and return the exit code; only here are errors turned into text.
+
+    defaults: what a settings file says, as click's default_map.
+    """
     try:
-        code = typer.main.get_command(app).main(
-            args=None if argv is None else list(argv), prog_name=name, standalone_mode=False
+        command = typer.main.get_command(app)
+        code = command.main(
+            args=None if argv is None else list(argv),
+            prog_name=name,
+            standalone_mode=False,
+            default_map=dict(defaults(command)),
         )
         return int(code or 0)
     except click.ClickException as error:
@@ -43,5 +56,5 @@ def log_to_stderr(verbose: bool) -> None:
         format="%(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    for noisy in ("flwr", "matplotlib", "PIL"):
+    for noisy in ("flwr", "httpx", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

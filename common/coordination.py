@@ -5,7 +5,6 @@ Every message is a flat frozen dataclass; a body is refused unless it has exactl
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -21,10 +20,6 @@ SERVICE = "medfl.Coordinator"
 MAX_BODY = 1024 * 1024
 # A site that is not heard for so long may start again elsewhere.
 LEASE_S = 20.0
-
-# In TLS 1.2 this suite needs an RSA certificate and ours are P-256, so that only TLS 1.3, whose
-# suites the variable does not touch, can be agreed on. grpcio has no setting for the version.
-os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -25,6 +25,7 @@ from medfl.common.errors import ConfigError, StorageError
 _MARK = "medfl1"
 _SECRET_BYTES = 20
 _CHECK_BYTES = 4
+_HALF_DAY_S = 43200.0
 # Order of P-256 (SEC 2, 2.4.2).
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
 
@@ -101,9 +102,13 @@ def anchor(token: Token, now: float, seconds: float) -> Certificate:
 
 
 def guest_certificate(token: Token, now: float) -> tuple[TlsKey, Certificate]:
-    """What the invited site shows: a certificate of its own making, for one hour."""
+    """What the invited site shows: a certificate of its own making, for a day around now.
+
+    Generous, so that a clock that is hours off is named by the answer and not by a cut line; how
+    long the token serves is the coordinator's to say.
+    """
     key, issuer = key_of(token), anchor_name(identity_of(token))
-    wanted = Wanted("guest", now, 3600, use="client")
+    wanted = Wanted("guest", now - _HALF_DAY_S, 2 * _HALF_DAY_S, use="client")
     return key, certificates.issue(wanted, key.public_key(), issuer, key)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,7 +50,9 @@ def write_private(path: Path, content: bytes, *, replace: bool = True) -> None:
     Raises:
         StorageError: the disk refused, or the file exists and must not be replaced.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Threads of the gateway may write the same record at once.
+    mine = f"{os.getpid()}-{threading.get_ident()}"
+    partial = path.with_name(f".{path.name}.{mine}.part")
     try:
         handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         with os.fdopen(handle, "wb") as file:

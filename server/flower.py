@@ -13,7 +13,7 @@ from medfl.common.errors import FederationError, PolicyRefused
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
 from medfl.server.admit import Door
-from medfl.server.link import Run, UploadBroken
+from medfl.server.link import Malformed, Run, UploadBroken
 from medfl.server.register import Roster
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,11 @@ class ConnectedSites:
                 message_id = None
                 continue
             else:
-                got = self._received(message_id)
+                try:
+                    got = self._received(message_id, asked)
+                except Malformed as error:
+                    log.warning("round=%d site=%s: %s", asked.round, site, error)
+                    return Reply(site=site, round=asked.round, refusal="malformed answer")
                 if isinstance(got, RecordDict):
                     return self._checked(site, asked, got)
                 if got is _GONE:
@@ -125,9 +129,10 @@ class ConnectedSites:
             # The bell tells when an answer has come; looking by ourselves is for safety.
             self._roster.wait(version, min(_LOOK_S, max(0.01, end - time.monotonic())))
 
-    def _received(self, message_id: str) -> RecordDict | object | None:
+    def _received(self, message_id: str, asked: Instruction) -> RecordDict | object | None:
+        sent = sum(a.nbytes for group in (asked.weights, asked.control) for a in group.values())
         try:
-            got = self._run.receive(message_id)
+            got = self._run.receive(message_id, 2 * sent + _MAX_REST)
         except UploadBroken:
             return _GONE
         return _GONE if isinstance(got, Error) else got
@@ -156,6 +161,8 @@ class ConnectedSites:
 # Flower gave a message up: it is to be sent again once the site is there.
 _GONE = object()
 _LOOK_S = 0.5
+# What an answer may hold beside a delta and a control variate: statistics, metrics, framing.
+_MAX_REST = 64 * 1024 * 1024
 
 
 def server_app(main: Callable[[FlowerSites, Context], None]) -> ServerApp:

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import grpc
+
 from medfl import __version__
 from medfl.common import certificates, coordination
 from medfl.common.coordination import (
@@ -41,9 +43,6 @@ from medfl.server import authority, heads, studies
 from medfl.server.authority import Guest
 from medfl.server.federation import Federation, SiteRecord
 from medfl.server.settings import ServerSettings
-
-# After medfl.common.coordination, which sets what grpcio reads when it is first used.
-import grpc  # isort: skip
 
 log = logging.getLogger(__name__)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
-from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.app import Array, Error, Message, Metadata, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
 from flwr.common.serde import run_from_proto
 from flwr.proto import (
@@ -21,7 +23,12 @@ from flwr.supercore.constant import (
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.date import now
 from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_body,
+    get_object_children_ids_from_object_content,
+    get_object_type_from_object_content,
+    iterate_object_tree,
+)
 from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
@@ -113,20 +120,26 @@ class LinkGrid(HttpGrid):
         """The runtime calls of this run's task."""
         return self._runtime_client
 
-    def pull_one(self, message_id: str) -> Message | None:
+    def pull_one(self, message_id: str, max_bytes: int) -> Message | None:
         """The reply to a message, or None where there is none yet.
 
-        Flower's own pull waits a second whenever an object is still on its way.
+        Flower's own pull waits a second whenever an object is still on its way, and takes any size.
+
+        Raises:
+            UploadBroken: it did not arrive whole. Malformed: it is no message, or too large.
         """
         asked = runtime_pb2.PullAppMessagesRequest(message_ids=[message_id])
         got = self.calls.PullMessages(asked)
         if not got.messages_list:
             return None
         about, tree = got.messages_list[0].metadata, got.message_object_trees[0]
+        fetch = _capped(
+            make_pull_object_fn_protobuf(self.calls.PullObject, self.node, about.run_id), max_bytes
+        )
         try:
             contents = pull_objects(
-                [t.object_id for t in iterate_object_tree(tree)],
-                make_pull_object_fn_protobuf(self.calls.PullObject, self.node, about.run_id),
+                list(dict.fromkeys(t.object_id for t in iterate_object_tree(tree))),
+                fetch,
                 initial_backoff=0.03,
                 backoff_cap=0.5,
                 max_time=_UPLOAD_S,
@@ -139,10 +152,54 @@ class LinkGrid(HttpGrid):
                 node=self.node, run_id=about.run_id, message_object_id=about.message_id
             )
         )
-        message = inflate_object_from_contents(about.message_id, contents)
-        if not isinstance(message, Message):
-            raise UploadBroken("A hospital's answer is not a message.")
-        return message
+        return inflated(about.message_id, contents, max_bytes)
+
+
+def inflated(message_id: str, contents: dict[str, bytes], max_bytes: int) -> Message:
+    """The message that these objects make; `contents` is emptied on the way.
+
+    Raises:
+        Malformed: they make none, or one of more than `max_bytes`: an array may name one chunk any
+            number of times, so that little that was sent becomes much in memory.
+    """
+    try:
+        if expanded_bytes(contents) > max_bytes:
+            raise Malformed("An answer would take more memory than an update can.")
+        message = inflate_object_from_contents(message_id, contents)
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError):
+        raise Malformed("An answer is not made of the objects that it names.") from None
+    if not isinstance(message, Message):
+        raise Malformed("An answer is not a message.")
+    return message
+
+
+def expanded_bytes(contents: Mapping[str, bytes]) -> int:
+    """Bytes of all arrays once their chunks are put together. Raises KeyError, ValueError, ..."""
+    total = 0
+    for content in contents.values():
+        if get_object_type_from_object_content(content) == Array.__qualname__:
+            chunks = get_object_children_ids_from_object_content(content)
+            order = json.loads(get_object_body(content, Array))["arraychunk_ids"]
+            total += sum(len(contents[chunks[i]]) for i in order)
+    return total
+
+
+def _capped(fetch: Callable[[str], bytes], max_bytes: int) -> Callable[[str], bytes]:
+    got = 0
+
+    def capped(object_id: str) -> bytes:
+        nonlocal got
+        content = fetch(object_id)
+        got += len(content)
+        if got > max_bytes:
+            raise Malformed("An answer is larger than an update can be.")
+        return content
+
+    return capped
+
+
+class Malformed(FederationError):
+    """A reply that is no message of a size that was asked for."""
 
 
 class UploadBroken(FederationError):
@@ -190,13 +247,13 @@ class Run:
             raise FederationError(f"The engine did not take a message for node {node_id}.")
         return str(sent[0])
 
-    def receive(self, message_id: str) -> RecordDict | Error | None:
+    def receive(self, message_id: str, max_bytes: int) -> RecordDict | Error | None:
         """The reply, an error where Flower gave it up, or None where there is none yet.
 
         Raises:
-            UploadBroken: the reply is there and parts of it never came.
+            UploadBroken: the reply is there and parts of it never came. Malformed: it is none.
         """
-        message = self._grid.pull_one(message_id)
+        message = self._grid.pull_one(message_id, max_bytes)
         if message is None:
             return None
         return message.error if message.has_error() else message.content

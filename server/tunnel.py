@@ -40,6 +40,7 @@ _HOLD_S = 20.0
 # Without the bell a held pull still looks this often.
 _LOOK_S = 5.0
 _OBJECT_WAIT_S = 2.0
+MAX_UPLOAD = 8 * 1024**3
 
 
 def fleet_handlers(gate: Gate, site_of: SiteOf) -> grpc.GenericRpcHandler:
@@ -77,6 +78,8 @@ class _Guest:
         # The running medfl-client, by an id that it draws when it starts.
         self.session = ""
         self.heard = 0.0
+        # Bytes since the last pull: what the coordinator's disk takes from one site at a time.
+        self.uploaded = 0
 
 
 class Gate:
@@ -149,11 +152,16 @@ class Gate:
             return Answer(401)
         if name == "unregister-node":
             return Answer(200)  # the node stays for the next time
+        if name == "push-object":
+            guest.uploaded += len(call.body)
+            if guest.uploaded > MAX_UPLOAD:
+                log.warning("site=%s uploads more than an update can be; refused", site)
+                return Answer(413)
         answer = self._work(site, guest, name, call, active)
         if answer.status == 200:
             guest.node_id = next(iter(claimed))
             self._roster.heard(site, guest.node_id)
-            self._note(site, name, call, answer)
+            self._note(site, guest, name, call, answer)
         return answer
 
     def _arrive(self, site: str, guest: _Guest, name: str, call: Call) -> Answer:
@@ -208,8 +216,9 @@ class Gate:
                 self._roster.wait(version, min(1.0, look - time.monotonic()))
         return Answer(401)
 
-    def _note(self, site: str, name: str, call: Call, answer: Answer) -> None:
+    def _note(self, site: str, guest: _Guest, name: str, call: Call, answer: Answer) -> None:
         if name == "pull-messages":
+            guest.uploaded = 0
             self._roster.gave(site, nodes.delivered(answer.body))
         elif name == "push-messages":
             self._roster.got(site, nodes.answered(call.body))
@@ -217,7 +226,7 @@ class Gate:
         elif name == "deactivate-node":
             self._roster.left(site)
             with self._lock:
-                self._guests[site].session = ""
+                guest.session = ""
 
     def _pass(self, guest: _Guest, call: Call, body: bytes) -> Answer:
         """One HTTP call to the SuperLink; 503 where it cannot be reached or fails."""

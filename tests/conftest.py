@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import medfl  # noqa: F401  before anybody imports grpc, which reads the environment then
+
 if TYPE_CHECKING:
     from medfl.client.hospital import Hospital
     from medfl.common.study import Study

@@ -7,6 +7,10 @@ import os
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
+# grpcio has no setting for the version of TLS and reads this when it is imported. In TLS 1.2 the
+# suite needs an RSA certificate and ours are P-256, so that only TLS 1.3 can be agreed on.
+os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
+
 __version__ = "0.1.0"
 
 __all__ = ["__version__"]

@@ -14,7 +14,7 @@ from medfl.client.approved import Approved
 from medfl.client.data.cohort import build_cohort
 from medfl.client.premises import Enrolment, Home
 from medfl.common import config, study_text
-from medfl.common.errors import PolicyRefused
+from medfl.common.errors import BudgetSpent, PolicyRefused
 from medfl.common.kept import save_record
 from medfl.common.messages import Instruction, Reply, pack
 from medfl.common.private_files import private_folder
@@ -131,6 +131,30 @@ def test_each_answer_is_sealed_and_noted(world: World) -> None:
     assert content_of(bare) == content_of(envelope)
     (line,) = world.finder.home.audit.lines()
     assert line["about"]["content"] == found.content
+
+
+def test_a_new_run_starts_without_what_the_last_one_left(world: World) -> None:
+    world.approve()
+    context = Context({"study": world.study.digest, "run": "first"})
+    state = world.finder(context).state
+    state.mkdir()
+    (state / "control.safetensors").write_bytes(b"x")
+    world.finder(context)
+    assert (state / "control.safetensors").exists()
+    world.finder(Context({"study": world.study.digest, "run": "second"}))
+    assert not (state / "control.safetensors").exists()
+
+
+def test_privacy_that_a_run_has_spent_is_not_spent_again(world: World) -> None:
+    world.approve()
+    context = Context({"study": world.study.digest, "run": "first"})
+    state = world.finder(context).state
+    state.mkdir()
+    (state / "privacy.json").write_text("[[1.0, 0.1, 10]]")
+    world.finder(context)
+    with pytest.raises(BudgetSpent, match="earlier run"):
+        world.finder(Context({"study": world.study.digest, "run": "second"}))
+    assert (state / "privacy.json").exists()
 
 
 def test_under_differential_privacy_seeds_hold_a_secret_of_this_hospital(world: World) -> None:

@@ -63,6 +63,16 @@ def test_an_edited_line_is_named(tmp_path: Path, k: int) -> None:
     assert bad.n == k
 
 
+def test_the_same_values_written_otherwise_are_an_edit(tmp_path: Path) -> None:
+    log = filled(tmp_path)
+    whole = log.path.read_bytes()
+    for old, new in ((b'{"i":2}', b'{"i": 2}'), (b'{"i":2}', b'{"i":2,"i":2}')):
+        log.path.write_bytes(whole.replace(old, new))
+        bad = verify(log.path)
+        assert bad is not None
+        assert bad.n == 3
+
+
 @pytest.mark.parametrize("k", range(1, N))
 def test_an_edited_line_with_a_fresh_hash_is_named_by_the_next(tmp_path: Path, k: int) -> None:
     log = filled(tmp_path)

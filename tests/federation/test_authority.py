@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from medfl.common import certificates, invitation
 from medfl.common.audit import verify
@@ -173,6 +175,11 @@ def test_a_token_of_another_site_is_refused(federation: Federation, tmp_path: Pa
     _, mixed = request_of(tmp_path / "b", token, site="b")
     with pytest.raises(PolicyRefused, match="another site"):
         authority.enrol(federation, knock(federation, token), replace(mixed, site="a"), 90)
+    key = new_key(tmp_path / "other.key")
+    pem = certificates.request("a", certificates.new_tls_key())
+    said = Enrol("b", pem, public_of(key), sign(key, PROOF, {"request": pem, "site": "b"}))
+    with pytest.raises(PolicyRefused, match="another site"):
+        authority.enrol(federation, knock(federation, token), said, 90)
     assert federation.sites() == []
 
 
@@ -289,6 +296,17 @@ def test_a_site_renews_only_itself(federation: Federation, tmp_path: Path) -> No
     for nonsense in ("", "-----BEGIN CERTIFICATE REQUEST-----\nAAAA", "x" * 1000):
         with pytest.raises(PolicyRefused, match="not a sound"):
             authority.renew(federation, first, nonsense, 90)
+
+
+def test_a_request_must_be_signed_by_the_key_that_it_names() -> None:
+    """Or somebody could get a certificate for a key that is not his."""
+    pem = certificates.request("a", certificates.new_tls_key())
+    assert certificates.requested(pem)[0] == "a"
+    der = bytearray(x509.load_pem_x509_csr(pem.encode()).public_bytes(Encoding.DER))
+    der[-1] ^= 1
+    forged = x509.load_der_x509_csr(bytes(der)).public_bytes(Encoding.PEM).decode()
+    with pytest.raises(PolicyRefused, match="not a sound"):
+        certificates.requested(forged)
 
 
 def test_a_damaged_record_stops_rather_than_admits(federation: Federation, tmp_path: Path) -> None:

@@ -195,3 +195,18 @@ def test_a_key_that_others_can_read_is_refused(tmp_path) -> None:
     (tmp_path / "engine.key").chmod(0o644)
     with pytest.raises(StorageError, match="chmod 600"):
         engine.start()
+
+
+@pytest.mark.slow
+def test_a_site_that_has_waited_long_is_there_at_once(small) -> None:
+    """Longer than the 30 s that a SuperNode waits for an answer that shows no sign of life."""
+    world = small(names=("north",), rounds=1)
+    world.wait()
+    world.engine.run(world.study, seed=7, deadline_s=60)
+    time.sleep(35)
+    started = time.monotonic()
+    world.engine.run(world.study, seed=7, deadline_s=60)
+    assert time.monotonic() - started < 10
+    log = (world.folder / "data" / "north" / "client" / "supernode.log").read_text()
+    assert "retrying" not in log
+    assert world.sites["north"].node.child.starts == 1

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import grpc
 import pytest
 
 from medfl import __version__
@@ -37,8 +39,6 @@ from medfl.server.authority import DAY_S
 from medfl.server.federation import Federation
 from medfl.server.gateway import Gateway, Peers, Sessions
 from medfl.server.settings import ServerSettings, open_federation
-
-import grpc  # isort: skip
 
 
 @dataclass
@@ -230,9 +230,13 @@ def test_a_site_cannot_pose_as_the_gateway(world: World) -> None:
 
 
 def test_only_tls_1_3_is_spoken(world: World) -> None:
+    home = world.joined("a")
+
     def handshake(version: ssl.TLSVersion) -> str | None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        # In TLS 1.2 a handshake without a certificate fails for that reason already.
+        context.load_cert_chain(home.identity_file)
         context.minimum_version = context.maximum_version = version
         with socket.create_connection(("127.0.0.1", world.gateway.port)) as plain:
             with context.wrap_socket(plain) as secured:
@@ -241,6 +245,22 @@ def test_only_tls_1_3_is_spoken(world: World) -> None:
     assert handshake(ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
     with pytest.raises((ssl.SSLError, ConnectionError)):
         handshake(ssl.TLSVersion.TLSv1_2)
+
+
+def test_a_call_over_an_older_tls_is_refused_even_where_the_handshake_was_not(
+    world: World,
+) -> None:
+    class Context:
+        """What grpcio says of a connection."""
+
+        def auth_context(self) -> dict[str, list[bytes]]:
+            return {"ssl_tls_version": [b"TLSv1.2"], "x509_pem_cert": [b"whatever"]}
+
+        def abort(self, code: grpc.StatusCode, text: str) -> None:
+            raise PolicyRefused(f"{code}: {text}")
+
+    with pytest.raises(PolicyRefused, match=r"UNAUTHENTICATED: Only TLS 1\.3"):
+        world.gateway.peers.who(Context())
 
 
 def test_a_revocation_holds_at_the_next_call_of_an_open_connection(world: World) -> None:
@@ -325,6 +345,22 @@ def test_the_gateway_refuses_to_start_with_an_expired_certificate(world: World) 
     world.clock.offset = 3651 * DAY_S
     with pytest.raises(ConfigError, match="authority has expired"):
         Gateway(world.federation, world.settings)
+
+
+def test_a_gateway_whose_certificate_has_expired_is_refused_with_the_reason(world: World) -> None:
+    home = world.joined("a")
+    world.clock.offset = -91 * DAY_S
+    authority.renew_gateway(world.federation, world.settings)
+    # By the clock of that time, which the server goes by, the certificate is fresh.
+    shut = Gateway(world.federation, replace(world.settings, listen="127.0.0.1:0"))
+    shut.start()
+    key, shown = home.identity()
+    try:
+        with connected(f"127.0.0.1:{shut.port}", home.authority(), key, shown) as line:
+            with pytest.raises(FederationError, match="expired or is not yet valid"):
+                studies(line)
+    finally:
+        shut.stop(0)
 
 
 def test_a_port_in_use_is_said_plainly(world: World) -> None:
@@ -519,3 +555,42 @@ def test_an_address_that_nobody_answers_at_is_said_plainly(world: World) -> None
 def test_an_address_has_host_and_port(world: World, address: str) -> None:
     with pytest.raises(ConfigError, match="host and port"):
         enrolment.enrol(Home(world.folder / "a"), address, world.invited("a"))
+
+
+def test_a_hospital_behind_an_http_proxy_reaches_the_coordinator(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = world.joined("a")
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=proxy, args=(listener, asked), daemon=True).start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        monkeypatch.delenv("no_proxy", raising=False)
+        with enrolment.line_to(home) as line:
+            assert studies(line).published == ()
+    assert asked[0].startswith(f"CONNECT {world.address}".encode())
+
+
+def proxy(listener: socket.socket, asked: list[bytes]) -> None:
+    """One CONNECT, then bytes both ways until either side ends."""
+    try:
+        near, _ = listener.accept()
+    except OSError:
+        return
+    asked.append(near.recv(4096))
+    host, _, port = asked[0].split()[1].decode().partition(":")
+    with near, socket.create_connection((host, int(port))) as far:
+        near.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        back = threading.Thread(target=pump, args=(far, near), daemon=True)
+        back.start()
+        pump(near, far)
+        back.join(5)
+
+
+def pump(source: socket.socket, target: socket.socket) -> None:
+    try:
+        while data := source.recv(65536):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+    except OSError:
+        return

@@ -171,6 +171,28 @@ def test_a_model_is_handed_out_only_as_it_was_written(
     assert server_cli.main(["model", "get", run_id, "--out", str(out)]) == 7
 
 
+def test_the_clients_settings_come_from_file_then_environment_then_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def folder(*argv: str) -> str:
+        capsys.readouterr()
+        assert client_cli.main(["status", *argv]) == 2
+        return capsys.readouterr().err.split(":")[1].strip()
+
+    (tmp_path / "client.toml").write_text('state = "from-file"\ndays = 3\n')
+    monkeypatch.setenv("MEDFL_CLIENT_TOML", str(tmp_path / "client.toml"))
+    assert folder() == str(tmp_path / "from-file")
+    monkeypatch.setenv("MEDFL_STATE", "from-environment")
+    assert folder() == "from-environment"
+    assert folder("--state", "from-flag") == "from-flag"
+    (tmp_path / "client.toml").write_text('stat = "x"\n')
+    assert client_cli.main(["status"]) == 2
+    assert "did you mean state" in capsys.readouterr().err
+    (tmp_path / "client.toml").unlink()
+    assert client_cli.main(["status"]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
 class Processes:
     """Commands in processes of their own; all are ended after the test."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -100,12 +102,27 @@ def test_a_fingerprint_is_sha256_in_groups_of_four() -> None:
     assert len(fingerprint(b"abc").split()) == 16
 
 
-def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     write_private(tmp_path / "f", b"old")
-    (tmp_path / f".f.{os.getpid()}.part").mkdir()
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="could not be written"):
         write_private(tmp_path / "f", b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
     assert read_private(tmp_path / "f") == b"old"
+
+
+def test_threads_that_write_one_file_at_once_leave_one_whole_content(tmp_path: Path) -> None:
+    contents = [bytes([65 + i]) * 100_000 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            list(pool.map(lambda content: write_private(tmp_path / "f", content), contents))
+            assert read_private(tmp_path / "f") in contents
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
 def test_a_folder_serves_one_process_at_a_time(tmp_path: Path) -> None:

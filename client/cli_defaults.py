@@ -1,0 +1,48 @@
+"""client.toml as click's defaults; what reads it is loaded only where there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import click
+
+PLACES = ("~/.config/medfl/client.toml", "/etc/medfl/client.toml")
+VARIABLE = "MEDFL_CLIENT_TOML"
+
+
+def defaults(command: click.Command) -> dict[str, Any]:
+    """The file's settings as click's defaults for `command` and all below it.
+
+    Raises:
+        ConfigError: the file has an unknown key or a wrong value, or the one named is missing.
+    """
+    found = _file()
+    if found is None:
+        return {}
+    # Imported here, so that --help stays fast.
+    from medfl.client.settings import load_client_settings
+
+    said = load_client_settings(found)
+    values: dict[str, Any] = {"days": said.days}
+    for key, path in (("state", said.state), ("site", said.site)):
+        values[key] = None if path is None else str(found.parent / path.expanduser())
+    return _for(command, {key: value for key, value in values.items() if value is not None})
+
+
+def _file() -> Path | None:
+    named = os.environ.get(VARIABLE)
+    if named:
+        return Path(named)
+    return next((p for p in (Path(place).expanduser() for place in PLACES) if p.exists()), None)
+
+
+def _for(command: click.Command, values: dict[str, Any]) -> dict[str, Any]:
+    """The values for a command's options, and so on for the commands below it."""
+    below: dict[str, click.Command] = getattr(command, "commands", {})
+    # `check` takes the site's file as an argument, which stays to be said.
+    options = {p.name for p in command.params if p.param_type_name == "option"}
+    own = {key: value for key, value in values.items() if key in options}
+    return own | {name: _for(inner, values) for name, inner in below.items()}
