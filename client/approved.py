@@ -11,7 +11,6 @@ from typing import Any, Protocol
 from medfl.client import consent
 from medfl.client.budget import privacy_of
 from medfl.client.consent import Refusal, allowed
-from medfl.client.data.cases import Cohort
 from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
 from medfl.common.errors import BudgetSpent, PolicyRefused
@@ -87,16 +86,13 @@ class Approved:
             raise PolicyRefused(f"Nothing is run for this study: {answer.why}.")
 
     def _hospital(self, site: Site, study: Study) -> Hospital:
-        from medfl.client.data.cohort import build_cohort
-
-        def load() -> Cohort:
-            return build_cohort(site.data, study, cache=site.cache, site_key=site.name.encode())
+        from medfl.client.data.own import own_cohort
 
         private = privacy_of(study, site.privacy) is not None
         return Hospital(
             name=self.name,
             study=study,
-            load_cohort=load,
+            load_cohort=lambda: own_cohort(site, study),
             folder=self.home.folder / "work" / study.digest[:16],
             policy=site.policy,
             privacy=site.privacy,

@@ -75,13 +75,15 @@ def build_cohort(
     cache: Cache | None,
     only: Collection[str] | None = None,
     site_key: bytes = b"medfl-simulation",
+    order: bytes | None = None,
     withdrawn: Withdrawn | None = None,
     n_jobs: int = 1,
 ) -> Cohort:
     """List, load, check, quarantine and split a site's cases.
 
     only: case ids to keep (a simulated hospital's share). site_key: keys the hashes of case and
-    patient names. withdrawn: says of a case whether its patient has withdrawn consent.
+    patient names. order: keys the order of the cases; site_key where omitted. withdrawn: says of a
+    case whether its patient has withdrawn consent.
     n_jobs: cases prepared at the same time.
 
     Raises:
@@ -94,6 +96,7 @@ def build_cohort(
         cache=cache,
         only=only,
         site_key=site_key,
+        order=order,
         withdrawn=withdrawn,
         n_jobs=n_jobs,
     )
@@ -111,6 +114,7 @@ def examine(
     cache: Cache | None,
     only: Collection[str] | None = None,
     site_key: bytes = b"medfl-simulation",
+    order: bytes | None = None,
     withdrawn: Withdrawn | None = None,
     n_jobs: int = 1,
 ) -> Examined:
@@ -132,7 +136,8 @@ def examine(
     candidates, faulty = choose(found, source, study, prints, site_key)
     if cache is not None and len(prints.known) != before:
         _remember(cache, prints)
-    ordered = sorted(candidates, key=lambda c: c.key)
+    by = site_key if order is None else order
+    ordered = sorted(candidates, key=lambda c: hashed(by, "case", c.ref.case_id))
     stored = _pictures(ordered, source, study, cache, n_jobs)
     usable = []
     for candidate, entry in zip(ordered, stored.entries, strict=True):

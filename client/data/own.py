@@ -1,0 +1,38 @@
+"""A real hospital's cohort: its keys are its own secret, and withdrawn patients are left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from medfl.client.data.cases import Cohort
+from medfl.client.data.cohort import Examined, build_cohort, examine
+from medfl.client.data.withdrawn import withdrawn_among
+from medfl.client.deid.keys import cases_key, load_secret, secret_path
+from medfl.common.site import Site
+from medfl.common.study import Study
+
+
+def own_cohort(site: Site, study: Study) -> Cohort:
+    """What this hospital trains on. The check shows, and an approval names, the same digest.
+
+    Raises:
+        DataError: the data cannot serve the study.
+        StorageError: the cache or the secret cannot be read or written.
+    """
+    return build_cohort(site.data, study, **_own(site))
+
+
+def examined(site: Site, study: Study, n_jobs: int = 1) -> Examined:
+    """`own_cohort` that collects what is wrong instead of stopping at it."""
+    return examine(site.data, study, n_jobs=n_jobs, **_own(site))
+
+
+def _own(site: Site) -> dict[str, Any]:
+    secret = load_secret(secret_path(site))
+    return {
+        "cache": site.cache,
+        "site_key": cases_key(secret),
+        # Batches follow this order, and a simulation of the same hospitals has to follow it too.
+        "order": site.name.encode(),
+        "withdrawn": withdrawn_among(site, secret),
+    }
