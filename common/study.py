@@ -187,16 +187,22 @@ class Privacy:
     """Differential privacy that every hospital trains under; a hospital may ask for more.
 
     epsilon, delta: for the whole study, all rounds together, per `unit`.
-    clip: bound on the L2 norm of one unit's gradient.
+    unit: patient = a patient with all of their records, however many; record = each record (image,
+        row) alone, which protects a patient with several of them less.
+    clip: bound on the L2 norm of one unit's contribution.
     sample_rate: chance of a unit to take part in a step; omitted, training.batch_size over the
-        hospital's training cases. A rate gives hospitals of every size the same noise.
+        units that the hospital declares. A rate gives hospitals of every size the same noise.
+    metrics_epsilon: what the metrics on validation and test patients may cost each of *those*
+        patients, all rounds together, at the same delta; they are released with noise. Omitted,
+        a private hospital reports no metrics.
     """
 
     epsilon: Positive
     delta: Positive
     clip: Positive = 1.0
     sample_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    unit: Literal["record"] = "record"
+    unit: Literal["patient", "record"] = "patient"
+    metrics_epsilon: Positive | None = None
 
 
 @written
