@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +19,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medfl.client import budget, released
 from medfl.client.data.cases import Cohort
 from medfl.client.encoding import case_set, local_statistics
 from medfl.client.examples import Gallery
+from medfl.client.ledger import Entry, Ledger
+from medfl.client.noise import fresh_key, key_from
 from medfl.client.training.caseset import CaseSet
-from medfl.client.training.plan import DpPlan, TrainPlan
-from medfl.common import accounting, tensors
+from medfl.client.training.plan import TrainPlan
+from medfl.common import tensors
 from medfl.common.errors import DataError, FederationError, PolicyRefused
 from medfl.common.messages import PARTS, Instruction, Metrics, Part, Reply
 from medfl.common.metrics import default_metrics, needs_distances, summarise
@@ -51,8 +55,9 @@ class Hospital:
 
     load_cohort: reads the cohort (from the cache where there is one); called once.
     folder: where this site keeps its own state and results of one run; never sent anywhere.
-    secret: part of every seed here. Whoever knows the seeds can subtract the noise of differential
-        privacy, so a real hospital draws it at random; a simulation leaves it empty to be repeated.
+    simulated: of public or made-up data, and to be repeated: noise comes from the run's seed, cases
+        are counted, and the ledger begins with the run. A real hospital's noise has no seed.
+    ledger_folder: where a real hospital's ledger lies, the same for all studies.
     """
 
     name: str
@@ -62,7 +67,8 @@ class Hospital:
     policy: Policy = field(default_factory=Policy)
     privacy: SitePrivacy | None = None
     device: str = "cpu"
-    secret: str = ""
+    simulated: bool = False
+    ledger_folder: Path | None = None
 
     @cached_property
     def cohort(self) -> Cohort:
@@ -78,6 +84,21 @@ class Hospital:
     def state(self) -> Path:
         """Folder of what this site keeps between rounds."""
         return self.folder / "state"
+
+    @cached_property
+    def terms(self) -> budget.Terms | None:
+        """The privacy that this site works under, None without it."""
+        terms = budget.terms_of(self.study, self.privacy)
+        return budget.counted(terms, self.patients("train")) if terms and self.simulated else terms
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was spent of patients' privacy."""
+        return Ledger(self.ledger_folder or self.state / "ledger")
+
+    def patients(self, part: Part) -> list[str]:
+        """The patient of each case of one part."""
+        return [self.cohort.cases[i].patient for i in self.cohort.positions(part)]
 
 
 def answer(hospital: Hospital, asked: Instruction) -> Reply:
@@ -103,22 +124,8 @@ def answer(hospital: Hospital, asked: Instruction) -> Reply:
         reply,
         round=asked.round,
         seconds=time.monotonic() - started,
-        cohort=hospital.cohort.digest,
+        cohort="" if hospital.terms is not None else hospital.cohort.digest,
         metrics=_rounded(reply.metrics, hospital.policy.round_metrics_to),
-    )
-
-
-def privacy_of(study: Study, site: SitePrivacy | None) -> SitePrivacy | None:
-    """The stricter of what the study and the hospital ask for; None where neither asks."""
-    asked = study.privacy
-    if asked is None:
-        return site
-    if site is None:
-        return SitePrivacy(epsilon=asked.epsilon, delta=asked.delta, clip=asked.clip)
-    return SitePrivacy(
-        epsilon=min(asked.epsilon, site.epsilon),
-        delta=min(asked.delta, site.delta),
-        clip=asked.clip,
     )
 
 
@@ -130,16 +137,32 @@ def _prepare(hospital: Hospital, asked: Instruction) -> Reply:
             f"{counts['train']} training cases, and this site's policy asks for at least "
             f"{hospital.policy.min_cases}. Nothing was sent."
         )
-    private = privacy_of(hospital.study, hospital.privacy) is not None
-    left_out: dict[str, int] = {}
-    for case in cohort.quarantined:
-        left_out[case.reason] = left_out.get(case.reason, 0) + 1
+    if hospital.terms is not None:
+        return _prepare_private(hospital, asked, hospital.terms)
     return Reply(
         site=hospital.name,
         n_cases=counts["train"],
         counts=counts,
-        left_out=left_out,
-        statistics=statistics_to_plain(local_statistics(hospital.study, cohort, private=private)),
+        left_out=_left_out(cohort),
+        statistics=statistics_to_plain(local_statistics(hospital.study, cohort, private=False)),
+    )
+
+
+def _prepare_private(hospital: Hospital, asked: Instruction, terms: budget.Terms) -> Reply:
+    """Nothing but what is declared; refused here if the budget does not allow the whole study."""
+    study, cohort = hospital.study, hospital.cohort
+    budget.refuse_unprotected(study)
+    uses = budget.whole_study(study, terms, asked.run, hospital.patients)
+    budget.refuse_too_much(hospital.ledger, terms, uses)
+    # For the hospital, and for a simulation's report: exact numbers do not leave.
+    facts = {"counts": _counts(cohort), "left_out": _left_out(cohort), "digest": cohort.digest}
+    tensors.write_atomic(hospital.folder / "cohort.json", json.dumps(facts).encode())
+    statistics = local_statistics(study, cohort, private=True)
+    n_cases = terms.n_cases or 1
+    return Reply(
+        site=hospital.name,
+        n_cases=n_cases,
+        statistics=statistics_to_plain(replace(statistics, n_cases=n_cases)),
     )
 
 
@@ -150,10 +173,10 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
     model = _model(hospital, asked, shared)
     home = _home_names(model, hospital.local)
     _enter(hospital, model, asked, home, asked.round - 1)
-    metrics = {part: _evaluate(hospital, model, shared, asked, part) for part in asked.parts}
+    metrics = {part: _told(hospital, model, shared, asked, part) for part in asked.parts}
     _prune(hospital, asked)
     cases = case_set(study, shared, hospital.cohort, "train")
-    plan, history = _plan(hospital, asked, len(cases))
+    plan, entry = _plan(hospital, asked, cases.patients)
     own_control = _own_control(hospital, asked)
     if hospital.local.proximal_mu:
         plan = replace(plan, penalty=proximal(hospital.local.proximal_mu))
@@ -171,10 +194,12 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
     if home:
         after = _weights(model)
         tensors.save({n: after[n] for n in home}, _home_file(hospital, asked.round))
-    spent = _spend(hospital, history, plan.dp, outcome.steps)
+    if entry is not None:
+        hospital.ledger.settle(entry)
+    spent, terms = _spent(hospital), hospital.terms
     return Reply(
         site=hospital.name,
-        n_cases=len(cases),
+        n_cases=len(cases) if terms is None else terms.n_cases or 1,
         steps=outcome.steps,
         loss=outcome.loss,
         epsilon=None if spent is None else spent[0],
@@ -191,14 +216,14 @@ def _finish(hospital: Hospital, asked: Instruction) -> Reply:
     home = _home_names(model, hospital.local)
     _enter(hospital, model, asked, home, asked.round)
     cohort = hospital.cohort
-    spent = _spend(hospital, _history(hospital), None, 0)
+    spent = _spent(hospital)
     return Reply(
         site=hospital.name,
         metrics={
-            part: _evaluate(hospital, model, shared, asked, part, final=part == "test")
+            part: _told(hospital, model, shared, asked, part, final=part == "test")
             for part in asked.parts
         },
-        counts=_counts(cohort),
+        counts=_counts(cohort) if hospital.terms is None else {},
         epsilon=None if spent is None else spent[0],
         target_delta=None if spent is None else spent[1],
     )
@@ -231,13 +256,48 @@ def _control_change(
     return {n: -server[n] - scale * delta[n] for n in own}
 
 
-def _evaluate(
+def _told(
     hospital: Hospital,
     model: nn.Module,
     shared: Shared,
     asked: Instruction,
     part: Part,
     final: bool = False,
+) -> Metrics:
+    """What leaves of one part's metrics: under privacy nothing, or noisy ones that are charged."""
+    terms, study = hospital.terms, hospital.study
+    if terms is None:
+        return _evaluate(hospital, model, shared, part, summarise, final)
+    if part == "train":
+        raise PolicyRefused("Metrics of training cases are asked for, which no noise protects.")
+    patients = hospital.patients(part)
+    if terms.metrics_epsilon is None or not patients:
+        if final:
+            _evaluate(hospital, model, shared, part, released.withheld, final)
+        return {}
+    noise = budget.metrics_noise(study, terms)
+    charge = budget.charge_for(study, asked.run, "metrics", asked.round, (noise, 1.0, 1), "patient")
+    entry = budget.reserve(hospital.ledger, terms, charge, patients)
+    key = _key(hospital, asked, entry)
+    told = _evaluate(hospital, model, shared, part, released.with_noise(noise, key), final)
+    hospital.ledger.settle(entry)
+    return told
+
+
+def _key(hospital: Hospital, asked: Instruction, entry: Entry) -> bytes:
+    """Of noise and sampling; in a simulation from the seed, and another for each use."""
+    if not hospital.simulated:
+        return fresh_key()
+    return key_from(asked.seed, "site", hospital.name, "use", entry.number)
+
+
+def _evaluate(
+    hospital: Hospital,
+    model: nn.Module,
+    shared: Shared,
+    part: Part,
+    summary: released.Summary,
+    final: bool,
 ) -> Metrics:
     """Metrics of one part; the final ones also leave scores and examples in the site's folder."""
     study = hospital.study
@@ -261,7 +321,7 @@ def _evaluate(
         scores.save(hospital.folder / "scores.npz")
     if gallery is not None:
         gallery.save(hospital.folder / "examples.npz")
-    return summarise(study.task, scores, names)
+    return summary(study.task, scores, names)
 
 
 def score(
@@ -293,50 +353,35 @@ def score(
 
 
 def _plan(
-    hospital: Hospital, asked: Instruction, n_cases: int
-) -> tuple[TrainPlan, list[tuple[float, float, int]]]:
-    """How this round trains here, and what privacy earlier rounds of this run have spent."""
-    from medfl.client.training.schedule import private_steps_in_round, sample_rate_for
-
-    study = hospital.study
+    hospital: Hospital, asked: Instruction, patients: Sequence[str]
+) -> tuple[TrainPlan, Entry | None]:
+    """How this round trains here; with privacy, the round is charged now."""
+    study, terms = hospital.study, hospital.terms
     plan = TrainPlan(
         round=asked.round,
         rounds=study.federation.rounds,
-        seed=derive(asked.seed, "site", hospital.name, hospital.secret, "round", asked.round),
+        seed=derive(asked.seed, "site", hospital.name, "round", asked.round),
         device=hospital.device,
     )
-    privacy = privacy_of(study, hospital.privacy)
-    if privacy is None:
-        return plan, []
-    rate = sample_rate_for(study, n_cases)
-    steps = private_steps_in_round(study, rate) * study.federation.rounds
-    noise = accounting.noise_multiplier_for(privacy.epsilon, privacy.delta, rate, steps)
-    dp = DpPlan(noise_multiplier=noise, sample_rate=rate, clip=privacy.clip)
-    return replace(plan, dp=dp), _history(hospital)
+    if terms is None:
+        return plan, None
+    dp, steps = budget.dp_plan(study, terms)
+    step = (dp.noise_multiplier, dp.sample_rate, steps)
+    charge = budget.charge_for(study, asked.run, "training", asked.round, step, terms.unit)
+    entry = budget.reserve(hospital.ledger, terms, charge, patients)
+    return replace(plan, dp=replace(dp, key=_key(hospital, asked, entry))), entry
 
 
-def _spend(
-    hospital: Hospital,
-    history: list[tuple[float, float, int]],
-    dp: DpPlan | None,
-    steps: int,
-) -> tuple[float, float] | None:
-    """Write down the steps taken and return (epsilon, delta) of the run so far."""
-    privacy = privacy_of(hospital.study, hospital.privacy)
-    if privacy is None:
+def _spent(hospital: Hospital) -> tuple[float, float] | None:
+    """(epsilon, delta) of this study's training so far, per its unit."""
+    terms = hospital.terms
+    if terms is None:
         return None
-    if dp is not None:
-        history = [*history, (dp.noise_multiplier, dp.sample_rate, steps)]
-        content = json.dumps(history).encode()
-        tensors.write_atomic(hospital.state / "privacy.json", content)
-    return accounting.epsilon(tuple(history), privacy.delta), privacy.delta
+    return budget.study_epsilon(hospital.ledger, hospital.study, terms), terms.delta
 
 
-def _history(hospital: Hospital) -> list[tuple[float, float, int]]:
-    file = hospital.state / "privacy.json"
-    if not file.exists():
-        return []
-    return [(float(n), float(q), int(t)) for n, q, t in json.loads(file.read_text())]
+def _left_out(cohort: Cohort) -> dict[str, int]:
+    return dict(Counter(case.reason for case in cohort.quarantined))
 
 
 def _counts(cohort: Cohort) -> dict[Part, int]:

@@ -59,7 +59,8 @@ class Keystream:
 
     def uniforms(self, n: int) -> NDArray[np.float64]:
         """(n,) numbers in (0, 1], multiples of 2^-53."""
-        return ((self.words(n) >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
+        bits = (self.words(n) >> np.uint64(11)) + np.uint64(1)
+        return bits.astype(np.float64) * 2.0**-53
 
     def normals(self, n: int) -> NDArray[np.float64]:
         """(n,) standard normal numbers."""

@@ -424,8 +424,37 @@ def _federation_faults(study: Study) -> list[str]:
         faults.append('federation.best_metric: is missing; keep = "best" needs the metric to go by')
     if federation.sites_per_round is not None and federation.sites_per_round < federation.min_sites:
         faults.append("federation.sites_per_round: must be at least federation.min_sites")
-    if study.privacy is not None and study.privacy.delta >= 1:
+    return faults
+
+
+# Metrics that sums over patients with noise can give. The others need all cases in order.
+RELEASABLE = {
+    "segmentation": ("dice",),
+    "classification": ("accuracy", "balanced_accuracy", "recall", "specificity"),
+    "risk": ("accuracy", "balanced_accuracy", "recall", "specificity"),
+}
+
+
+def _privacy_faults(study: Study) -> list[str]:
+    privacy, federation, faults = study.privacy, study.federation, []
+    if privacy is None:
+        return []
+    if privacy.delta >= 1:
         faults.append("privacy.delta: must be below 1; use less than 1 / number of patients")
+    if federation.best_metric is not None:
+        fitting = RELEASABLE[study.task.kind]
+        if privacy.metrics_epsilon is None:
+            faults.append(
+                "federation.best_metric: no private hospital reports metrics; remove it and write "
+                'keep = "last", or state what metrics may cost as privacy.metrics_epsilon'
+            )
+        elif not federation.best_metric.startswith(fitting):
+            faults.append(
+                "federation.best_metric: cannot be released with noise; use one of "
+                f"{', '.join(fitting)}"
+            )
+    if privacy.metrics_epsilon is not None and study.task.multi_label:
+        faults.append("privacy.metrics_epsilon: is not for multi_label tasks yet; remove it")
     return faults
 
 
@@ -468,6 +497,7 @@ _CHECKS = (
     _input_faults,
     _training_faults,
     _federation_faults,
+    _privacy_faults,
     _evaluation_faults,
     _simulation_faults,
 )

@@ -28,6 +28,7 @@ from medfl.common.study import Study
 from medfl.common.tensors import Array, Tensors
 from medfl.strategies.admission import fault_of
 from medfl.strategies.catalogue import WEIGHTINGS, strategy_for
+from medfl.strategies.home import home_names
 from medfl.strategies.strategy import Combined, ServerState, Strategy
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def run_study(
     strategy = strategy_for(study)
     say = Instruction(kind="prepare", study_digest=study.digest, run=run, seed=seed)
     names, shared, refused = _prepare(study, sites, say)
+    _refuse_unseen_choice(study, shared)
     weights: Tensors = initial_weights(study, shared, seed)
     say = replace(say, shared=statistics.statistics_to_plain(shared))
     state, best, records = ServerState(), _Best(study.federation.best_metric), []
@@ -190,6 +192,30 @@ def run_study(
     )
 
 
+def _refuse_unseen_choice(study: Study, shared: Shared) -> None:
+    """A best round cannot be chosen by metrics that private hospitals keep to themselves.
+
+    Raises:
+        FederationError: with what to change.
+    """
+    priced = study.privacy is not None and study.privacy.metrics_epsilon is not None
+    if study.federation.best_metric is not None and shared.private and not priced:
+        raise FederationError(
+            "federation.best_metric: a hospital trains under differential privacy and reports no "
+            'metrics. Remove it and write keep = "last", or write a [privacy] table that states '
+            "what metrics may cost (metrics_epsilon)."
+        )
+
+
+def _travelling(study: Study, strategy: Strategy, asked: Instruction) -> list[str]:
+    """Names of the parameters that sites send."""
+    shared = statistics.shared_from_plain(asked.shared)
+    n_features = len(columns(study.record, shared)) if study.record is not None else None
+    model = build_model(study, shared, n_features=n_features, seed=0)
+    stays = home_names(model, strategy.local)
+    return [name for name in tensors.floats(asked.weights) if name not in stays]
+
+
 def initial_weights(study: Study, shared: Shared, seed: int) -> dict[str, Array]:
     """The weights that round 1 starts from."""
     n_features = len(columns(study.record, shared)) if study.record is not None else None
@@ -235,12 +261,13 @@ def _round(
     replies: list[Reply] = []
     left_out: dict[str, str] = {}
     bytes_up = 0
+    travels = _travelling(study, strategy, asked)
 
     def admitted() -> Iterator[Reply]:
         nonlocal bytes_up
         for reply in sites.ask((name, asked) for name in names):
             bytes_up += _size(reply.delta) + _size(reply.control)
-            fault = fault_of(reply, asked.weights)
+            fault = fault_of(reply, asked, travels)
             if fault is None:
                 replies.append(replace(reply, delta={}, control={}))
                 yield reply

@@ -95,7 +95,9 @@ def write_results(
         "refused": outcome.refused,
         "environment": dict(environment),
         "digests": {"study": study.digest, "model": tensors.digest(outcome.weights)},
-        "cohorts": {r.site: r.cohort for r in outcome.final},
+        "cohorts": {
+            r.site: r.cohort or _kept_at(main, r.site).get("digest", "") for r in outcome.final
+        },
         "n_parameters": int(sum(a.size for a in tensors.floats(outcome.weights).values())),
         "bytes_per_round": _bytes_per_round(outcome.records),
     }
@@ -112,7 +114,7 @@ def summary(
     names = tuple(study.evaluation.metrics or default_metrics(study.task))
     replies = {r.site: r for r in outcome.final}
     sites = [
-        _site(study, site, scores, replies, names, derive(seed, "bootstrap", site))
+        _site(run, site, scores, replies, names, derive(seed, "bootstrap", site))
         for site, scores in sorted(tables.items())
     ]
     everything = concatenate([tables[s["name"]] for s in sites])
@@ -125,15 +127,15 @@ def summary(
 
 
 def _site(
-    study: Study,
+    run: SimulatedRun,
     site: str,
     scores: Scores,
     replies: Mapping[str, Reply],
     names: tuple[str, ...],
     seed: int,
 ) -> dict[str, Any]:
-    reply = replies.get(site)
-    counts = reply.counts if reply is not None else {}
+    study, reply, kept = run.study, replies.get(site), _kept_at(run, site)
+    counts = kept.get("counts") or (reply.counts if reply is not None else {})
     return {
         "name": site,
         "n_train": counts.get("train"),
@@ -143,8 +145,14 @@ def _site(
         "intervals": _intervals(study, scores, names, seed),
         "epsilon": reply.epsilon if reply is not None else None,
         "delta": reply.target_delta if reply is not None else None,
-        "quarantined": dict(reply.left_out) if reply is not None else {},
+        "quarantined": kept.get("left_out") or (dict(reply.left_out) if reply is not None else {}),
     }
+
+
+def _kept_at(run: SimulatedRun, site: str) -> dict[str, Any]:
+    """What a private site did not tell the coordinator; whoever simulates owns its data."""
+    file = run.folder / "sites" / site / "cohort.json"
+    return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
 def _intervals(study: Study, scores: Scores, names: tuple[str, ...], seed: int) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class SimulatedRun:
                 load_cohort=lambda: pool([h.cohort(self.study) for h in self.hospitals]),
                 folder=self.folder / "sites" / "pooled",
                 device=self.device,
+                simulated=True,
             )
         found = self.hospitals[node_id - 1]
         return Hospital(
@@ -80,6 +81,7 @@ class SimulatedRun:
             policy=found.policy,
             privacy=found.privacy,
             device=self.device,
+            simulated=True,
         )
 
 

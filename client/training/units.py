@@ -69,6 +69,6 @@ def mean_by_unit(gradients: Gradients, sizes: Sequence[int]) -> Gradients:
     if all(size == 1 for size in sizes):
         return gradients
     return {
-        name: torch.stack([part.mean(dim=0) for part in gradient.split(list(sizes))])
+        name: torch.stack([part.mean(dim=0) for part in torch.split(gradient, list(sizes))])
         for name, gradient in gradients.items()
     }

@@ -1,4 +1,4 @@
-"""The source of the noise: what it gives, how it differs, and that the checks notice a worse one."""
+"""The source of the noise: what it gives, and that the checks notice a worse one."""
 
 from __future__ import annotations
 
