@@ -27,7 +27,7 @@ from medfl.common.messages import Part
 from medfl.common.site import SitePrivacy
 from medfl.common.study import Study
 
-Purpose = Literal["training", "metrics"]
+Purpose = Literal["training", "validation", "test"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +181,13 @@ def whole_study(
     uses = [(charge_for(study, run, "training", 0, training, terms.unit), patients("train"))]
     if terms.metrics_epsilon is not None:
         noise = metrics_noise(study, terms)
-        releases_of: dict[Part, int] = {"validation": rounds + 2, "test": 1}
+        releases_of: dict[Literal["validation", "test"], int] = {
+            "validation": rounds + 2,
+            "test": 1,
+        }
         for part, releases in releases_of.items():
             step = (noise, 1.0, releases)
-            charge = charge_for(study, run, "metrics", 0, step, "patient")
+            charge = charge_for(study, run, part, 0, step, "patient")
             uses.append((charge, patients(part)))
     return [(charge, them) for charge, them in uses if them]
 

@@ -32,14 +32,15 @@ class Charge:
     """One use of patients' data under differential privacy.
 
     study: digest. name: the study's. run: separates runs of one study, such as tuning trials.
-    purpose: what was computed from the data. round: 0 outside of rounds.
+    purpose: what was computed from the data: an update, metrics of one part, or sums.
+    round: 0 outside of rounds.
     noise_multiplier, sample_rate, steps: of the Gaussian steps, per `unit`.
     """
 
     study: str
     name: str
     run: str
-    purpose: Literal["training", "metrics", "statistics"]
+    purpose: Literal["training", "validation", "test", "statistics"]
     round: int
     noise_multiplier: float
     sample_rate: float

@@ -276,7 +276,7 @@ def _told(
             _evaluate(hospital, model, shared, part, released.withheld, final)
         return {}
     noise = budget.metrics_noise(study, terms)
-    charge = budget.charge_for(study, asked.run, "metrics", asked.round, (noise, 1.0, 1), "patient")
+    charge = budget.charge_for(study, asked.run, part, asked.round, (noise, 1.0, 1), "patient")
     entry = budget.reserve(hospital.ledger, terms, charge, patients)
     key = _key(hospital, asked, entry)
     told = _evaluate(hospital, model, shared, part, released.with_noise(noise, key), final)
