@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -35,9 +37,8 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
             asked = unpack_instruction(from_record(message.content))
             round_ = asked.round
             content = to_record(pack(answer(hospital, asked)))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             log.error("round=%d site=%s refuses: %s", round_, site, _told(error))
-            log.debug("where it happened", exc_info=True)
             content = to_record(pack(refusal(site, error, round_)))
         return Message(content, reply_to=message)
 
@@ -48,7 +49,8 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
 
 
 def _told(error: Exception) -> str:
-    """What the hospital's own log says: texts that we wrote for it, and no others."""
+    """For the hospital's own log: the texts that we wrote for it, and of others only the place."""
     if isinstance(error, MedflError) and not isinstance(error, CaseError):
         return str(error)
-    return f"{type(error).__name__} (--verbose says more)"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}"

@@ -11,7 +11,6 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter
@@ -109,6 +108,8 @@ _ARRAYS: dict[type, tuple[str, ...]] = {
     Reply: ("delta", "control"),
 }
 
+_DECODERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in _ARRAYS}
+
 # All that a coordinator learns of an error at a hospital. The first class that fits counts.
 _REFUSALS: dict[type[Exception], str] = {
     PolicyRefused: "not allowed by the hospital's policy",
@@ -145,7 +146,8 @@ def _unpack(envelope: Envelope, kind: type[M]) -> M:
         plain = json.loads(envelope.about, parse_constant=_finite, parse_float=_finite)
         if isinstance(plain, dict) and set(plain) == known:
             groups = {name: dict(group) for name, group in envelope.arrays.items()}
-            return _decoder(kind).validate_python({**plain, **groups})
+            message: M = _DECODERS[kind].validate_python({**plain, **groups})
+            return message
     except (ValueError, RecursionError):  # JSON's and pydantic's errors are ValueErrors
         # What was in it stays unsaid: the text may hold what the sender should not have sent.
         log.warning("a message that is not a %s was refused", kind.__name__.lower())
@@ -153,11 +155,6 @@ def _unpack(envelope: Envelope, kind: type[M]) -> M:
         f"A message does not have the fields of a {kind.__name__.lower()}. Coordinator and "
         "hospitals must run the same version of medfl; compare `--version` on both."
     )
-
-
-@lru_cache
-def _decoder(kind: type[M]) -> TypeAdapter[M]:
-    return TypeAdapter(kind)
 
 
 def _finite(text: str) -> float:

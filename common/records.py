@@ -83,14 +83,18 @@ def encode(record: RecordInput, rows: Sequence[Record], shared: Shared) -> NDArr
     """Records as (N, F) float32, in the order of `columns`, scaled as the study says.
 
     Means and standard deviations come from `shared` ("site" scaling: the caller puts the site's
-    own there). Missing values become 0 after scaling, the middle of the feature.
+    own there). Missing values become 0 after scaling, the middle of the feature. So does a
+    category's value that is in no hospital's training part: nothing was learned about it.
 
     Raises:
-        CaseError: a number that is none, or a category's value that no hospital announced.
+        CaseError: a number that is none.
     """
     blocks = [np.zeros((len(rows), 0))]
     for feature in record.features:
         texts = [row[feature.name] for row in rows]
+        if feature.kind == "category":
+            known = levels_of(feature, shared)
+            texts = [v if t is not None and (v := level(t)) in known else None for t in texts]
         missing = np.array([t is None for t in texts], dtype=bool)
         if feature.kind == "number":
             block = _scaled_number(record, feature, texts, shared)[:, None]
@@ -119,10 +123,7 @@ def _one_hot(
     record: RecordInput, feature: Feature, texts: Sequence[str | None], shared: Shared
 ) -> NDArray[np.float64]:
     known = levels_of(feature, shared)
-    found = [None if t is None else level(t) for t in texts]
-    if unknown := {f for f in found if f is not None} - set(known):
-        raise CaseError("unknown_level", f"{len(unknown)} value(s) of {feature.name} are unknown")
-    block = np.array([[float(f == v) for v in known[1:]] for f in found], dtype=np.float64)
+    block = np.array([[float(t == v) for v in known[1:]] for t in texts], dtype=np.float64)
     block = block.reshape(len(texts), max(0, len(known) - 1))
     if record.scale in ("federated", "site"):
         names = [f"{feature.name}={v}" for v in known[1:]]

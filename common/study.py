@@ -255,16 +255,18 @@ class SimulatedSite:
 class Partition:
     """How one public collection becomes several hospitals.
 
-    column: one site a value of this column of the table; `merge_below` joins smaller ones into
-        the site `rest`. iid: equal random parts. label_skew: Dirichlet(alpha) over the classes
-        (Hsu et al. 2019). quantity_skew: Dirichlet(alpha) over the sizes. size: by image volume
-        in voxels, smallest first, equal counts.
+    column: one site a value of this column of the table; sites of fewer cases than `drop_below`
+        are left out, then those below `merge_below` are joined into the site `rest`. iid:
+        equal random parts. label_skew: Dirichlet(alpha) over the classes (Hsu et al. 2019).
+        quantity_skew: Dirichlet(alpha) over the sizes. size: by image volume in voxels, smallest
+        first, equal counts.
     """
 
     kind: Literal["column", "iid", "label_skew", "quantity_skew", "size"]
     sites: Count | None = None
     column: str | None = None
     alpha: Positive = 0.5
+    drop_below: int = 0
     merge_below: int = 0
     seed: int = 0
 

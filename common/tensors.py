@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -62,7 +63,18 @@ def save(tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None
 
     # Not ascontiguousarray, which turns a scalar (a batch counter) into an array of one.
     contiguous = {name: np.asarray(a, order="C") for name, a in tensors.items()}
-    write_atomic(path, to_bytes(contiguous, dict(metadata or {})))
+    write_atomic(path, _in_order(to_bytes(contiguous, dict(metadata or {}))))
+
+
+def _in_order(file: bytes) -> bytes:
+    """The same safetensors file with sorted metadata: as written, their order is random."""
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # arrays begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + file[end:]
 
 
 def load(path: Path) -> dict[str, Array]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
+from medfl.common.errors import FederationError
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
 
@@ -14,7 +15,7 @@ _TYPES = {"prepare": "query.prepare", "round": "train.round", "finish": "evaluat
 
 
 class FlowerSites:
-    """`medfl.server.rounds.Sites` over a Grid; an address is a node id as text."""
+    """`medfl.server.roster.Sites` over a Grid; an address is a node id as text."""
 
     def __init__(self, grid: Grid, deadline_s: float | None = None) -> None:
         self._grid = grid
@@ -61,7 +62,11 @@ def server_app(main: Callable[[FlowerSites, Context], None]) -> ServerApp:
 
 
 def _reply(message: Message) -> Reply:
-    """The site's reply; what Flower itself could not deliver names the node only."""
+    """The site's reply; one that did not come or cannot be read names the node only."""
+    node = str(message.metadata.src_node_id)
     if message.has_error():
-        return Reply(site=str(message.metadata.src_node_id), refusal="node failed")
-    return unpack_reply(from_record(message.content))
+        return Reply(site=node, refusal="node failed")
+    try:
+        return unpack_reply(from_record(message.content))
+    except FederationError:
+        return Reply(site=node, refusal="damaged answer")

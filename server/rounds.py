@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
 
 import numpy as np
 
 from medfl.common import statistics, tensors
 from medfl.common.errors import FederationError
-from medfl.common.messages import Instruction, Part, Reply
-from medfl.common.metrics import better, mean_over_sites
+from medfl.common.messages import Instruction, Reply
 from medfl.common.models import build_model
 from medfl.common.models.weights import get_weights
 from medfl.common.records import columns
@@ -26,42 +24,16 @@ from medfl.common.seeds import derive
 from medfl.common.statistics import Shared
 from medfl.common.study import Study
 from medfl.common.tensors import Array, Tensors
+from medfl.server.records import Best, RoundRecord, named, round_record, size
+from medfl.server.roster import Roster, Sites, ask, prepare
 from medfl.strategies.admission import fault_of
 from medfl.strategies.catalogue import WEIGHTINGS, strategy_for
 from medfl.strategies.home import home_names
 from medfl.strategies.strategy import Combined, ServerState, Strategy
 
+__all__ = ["Outcome", "RoundRecord", "Sites", "draw", "run_study"]
+
 log = logging.getLogger(__name__)
-
-
-class Sites(Protocol):
-    """The hospitals as the coordinator reaches them."""
-
-    def names(self) -> list[str]:
-        """Addresses of all hospitals, in a fixed order."""
-
-    def ask(self, instructions: Iterable[tuple[str, Instruction]]) -> Iterator[Reply]:
-        """Send each instruction to its address; yield the replies in the order asked."""
-
-
-@dataclass(frozen=True, slots=True)
-class RoundRecord:
-    """What a person may see of one round. Metrics are those of the model that the round received.
-
-    metrics: mean over the sites. sites: one plain record a site. left_out: site -> why.
-    void: too few updates; the model did not change.
-    """
-
-    run: str
-    round: int
-    seconds: float
-    metrics: dict[str, float | None]
-    loss: float | None
-    sites: list[dict[str, Any]]
-    left_out: dict[str, str]
-    void: bool
-    bytes_down: int
-    bytes_up: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +50,26 @@ class Outcome:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class _Best:
-    """The best model so far by the study's rule."""
+@dataclass(frozen=True, slots=True)
+class _Federation:
+    """What stays the same over all rounds. travels: parameters that sites send."""
 
-    metric: str | None
-    round: int = 0
-    value: float | None = None
-    weights: Tensors = field(default_factory=dict)
+    study: Study
+    strategy: Strategy
+    sites: Sites
+    roster: Roster
+    say: Instruction
+    travels: frozenset[str]
 
-    def offer(self, round_: int, metrics: dict[str, float | None], weights: Tensors) -> None:
-        value = None if self.metric is None else metrics.get(self.metric)
-        if value is None:
-            return
-        sign = 1 if self.metric is not None and better(self.metric) == "higher" else -1
-        if self.value is None or sign * value > sign * self.value:
-            self.round, self.value, self.weights = round_, value, weights
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What changes from round to round. control: the coordinator's control variate (SCAFFOLD)."""
+
+    weights: Tensors
+    control: Tensors
+    state: ServerState
+    best: Best
 
 
 def run_study(
@@ -108,84 +84,39 @@ def run_study(
 
     Raises:
         ConfigError: the study names what the catalogues do not have.
-        FederationError: fewer sites than federation.min_sites take part, or no round had enough.
+        FederationError: fewer sites than federation.min_sites take part, no round had enough, or
+            the best round would be chosen by what private hospitals do not tell.
     """
     started = time.monotonic()
     strategy = strategy_for(study)
     say = Instruction(kind="prepare", study_digest=study.digest, run=run, seed=seed)
-    names, shared, refused = _prepare(study, sites, say)
+    roster, shared, refused = prepare(study, sites, say)
     _refuse_unseen_choice(study, shared)
-    weights: Tensors = initial_weights(study, shared, seed)
     say = replace(say, shared=statistics.statistics_to_plain(shared))
-    state, best, records = ServerState(), _Best(study.federation.best_metric), []
-    control: dict[str, Array] = {}
-    if strategy.local.control_variates:
-        control = {n: np.zeros_like(a) for n, a in tensors.floats(weights).items()}
+    model, travels = _start(study, strategy, shared, seed)
+    federation = _Federation(study, strategy, sites, roster, say, travels)
+    records = []
     for number in range(1, study.federation.rounds + 1):
-        asked = replace(
-            say,
-            kind="round",
-            round=number,
-            best_round=best.round,
-            parts=("validation",),
-            weights=weights,
-            control=control,
-        )
-        drawn = draw(names, study.federation.sites_per_round, derive(seed, "draw", number))
-        record, combined = _round(study, strategy, sites, drawn, asked)
-        best.offer(number - 1, record.metrics, weights)
+        record, model = _round(federation, model, number)
         records.append(record)
-        if not record.void:
-            weights, state = strategy.server_step(weights, combined.delta, state)
-            share = combined.n_sites / len(names)
-            control = {
-                n: (c + share * combined.control[n]).astype(c.dtype) if n in combined.control else c
-                for n, c in control.items()
-            }
-        on_round(record, weights)
+        on_round(record, model.weights)
     if all(record.void for record in records):
         raise FederationError(
             f"None of {len(records)} rounds had the {study.federation.min_sites} sites that the "
-            f"study asks for. Left out last: {_names(records[-1].left_out)}."
+            f"study asks for. Left out last: {named(records[-1].left_out)}."
         )
-    last = weights
-    if best.metric is not None:
-        record = _evaluate_last(
-            sites,
-            names,
-            replace(
-                say,
-                kind="finish",
-                round=study.federation.rounds,
-                parts=("validation",),
-                weights=last,
-            ),
-        )
-        best.offer(study.federation.rounds, record.metrics, last)
+    last = model.weights
+    if model.best.metric is not None:
+        record, model = _judge_last(federation, model)
         records.append(record)
         on_round(record, last)
-    kept = best.round if study.federation.keep == "best" else study.federation.rounds
-    weights = best.weights if study.federation.keep == "best" else last
-    final = tuple(
-        _finish(
-            sites,
-            names,
-            replace(
-                say,
-                kind="finish",
-                round=kept,
-                best_round=best.round,
-                parts=("validation", "test"),
-                weights=weights,
-            ),
-        )
-    )
+    kept, weights = _kept(study, model)
     return Outcome(
         weights=weights,
         last=last,
         selected_round=kept,
         shared=shared,
-        final=final,
+        final=_finish(federation, weights, kept, model.best.round),
         records=tuple(records),
         seconds=time.monotonic() - started,
         refused=refused,
@@ -193,11 +124,6 @@ def run_study(
 
 
 def _refuse_unseen_choice(study: Study, shared: Shared) -> None:
-    """A best round cannot be chosen by metrics that private hospitals keep to themselves.
-
-    Raises:
-        FederationError: with what to change.
-    """
     priced = study.privacy is not None and study.privacy.metrics_epsilon is not None
     if study.federation.best_metric is not None and shared.private and not priced:
         raise FederationError(
@@ -205,22 +131,6 @@ def _refuse_unseen_choice(study: Study, shared: Shared) -> None:
             'metrics. Remove it and write keep = "last", or write a [privacy] table that states '
             "what metrics may cost (metrics_epsilon)."
         )
-
-
-def _travelling(study: Study, strategy: Strategy, asked: Instruction) -> list[str]:
-    """Names of the parameters that sites send."""
-    shared = statistics.shared_from_plain(asked.shared)
-    n_features = len(columns(study.record, shared)) if study.record is not None else None
-    model = build_model(study, shared, n_features=n_features, seed=0)
-    stays = home_names(model, strategy.local)
-    return [name for name in tensors.floats(asked.weights) if name not in stays]
-
-
-def initial_weights(study: Study, shared: Shared, seed: int) -> dict[str, Array]:
-    """The weights that round 1 starts from."""
-    n_features = len(columns(study.record, shared)) if study.record is not None else None
-    model = build_model(study, shared, n_features=n_features, seed=derive(seed, "weights"))
-    return get_weights(model)
 
 
 def draw(names: list[str], n: int | None, seed: int) -> list[str]:
@@ -231,111 +141,127 @@ def draw(names: list[str], n: int | None, seed: int) -> list[str]:
     return [names[i] for i in sorted(chosen)]
 
 
-def _prepare(
-    study: Study, sites: Sites, say: Instruction
-) -> tuple[list[str], Shared, dict[str, str]]:
-    """Addresses that take part, in order of site name, what they share, and who refused why."""
-    addresses = sites.names()
-    found, parts, refused = {}, {}, {}
-    for address, reply in zip(addresses, sites.ask((a, say) for a in addresses), strict=True):
-        if reply.refusal:
-            refused[reply.site] = reply.refusal
-            log.warning("site=%s takes no part: %s", reply.site, reply.refusal)
-        else:
-            found[reply.site] = address
-            parts[reply.site] = statistics.local_from_plain(reply.statistics)
-    if len(found) < max(1, study.federation.min_sites):
-        raise FederationError(
-            f"{len(found)} of {len(addresses)} sites can take part; the study needs "
-            f"{study.federation.min_sites}. Left out: {_names(refused)}. "
-            "Run `medfl-client check` at each of them."
-        )
-    ordered = sorted(found)
-    return [found[n] for n in ordered], statistics.merge(parts[n] for n in ordered), refused
+def _start(
+    study: Study, strategy: Strategy, shared: Shared, seed: int
+) -> tuple[_Model, frozenset[str]]:
+    """The model that round 1 starts from, and the names of what sites send."""
+    n_features = len(columns(study.record, shared)) if study.record is not None else None
+    module = build_model(study, shared, n_features=n_features, seed=derive(seed, "weights"))
+    weights = get_weights(module)
+    floating = tensors.floats(weights)
+    control: dict[str, Array] = {}
+    if strategy.local.control_variates:
+        control = {n: np.zeros_like(a) for n, a in floating.items()}
+    best = Best(study.federation.best_metric)
+    travels = frozenset(floating) - home_names(module, strategy.local)
+    return _Model(weights, control, ServerState(), best), travels
 
 
-def _round(
-    study: Study, strategy: Strategy, sites: Sites, names: list[str], asked: Instruction
-) -> tuple[RoundRecord, Combined]:
+def _round(federation: _Federation, model: _Model, number: int) -> tuple[RoundRecord, _Model]:
+    """One round: the model before it is judged, the model after it is returned."""
     started = time.monotonic()
-    replies: list[Reply] = []
-    left_out: dict[str, str] = {}
-    bytes_up = 0
-    travels = _travelling(study, strategy, asked)
+    study, roster = federation.study, federation.roster
+    seed = derive(federation.say.seed, "draw", number)
+    drawn = draw(list(roster), study.federation.sites_per_round, seed)
+    asked = replace(
+        federation.say,
+        kind="round",
+        round=number,
+        best_round=model.best.round,
+        parts=("validation",),
+        weights=model.weights,
+        control=model.control,
+    )
+    admitted = _Admitted(federation, {n: roster[n] for n in drawn}, asked)
+    combined = federation.strategy.combine(admitted, WEIGHTINGS[study.federation.weighting])
+    record = round_record(
+        asked,
+        admitted.replies,
+        admitted.left_out,
+        seconds=time.monotonic() - started,
+        void=len(admitted.replies) < study.federation.min_sites,
+        bytes_up=admitted.bytes_up,
+    )
+    best = model.best.or_this(number - 1, record.metrics, model.weights)
+    model = replace(model, best=best)
+    return record, model if record.void else _moved(federation, model, combined)
 
-    def admitted() -> Iterator[Reply]:
-        nonlocal bytes_up
-        for reply in sites.ask((name, asked) for name in names):
-            bytes_up += _size(reply.delta) + _size(reply.control)
+
+def _moved(federation: _Federation, model: _Model, combined: Combined) -> _Model:
+    weights, state = federation.strategy.server_step(model.weights, combined.delta, model.state)
+    # c + |S|/N * mean of the changes: Karimireddy et al. 2020, eq. 5.
+    share = combined.n_sites / len(federation.roster)
+    control = {
+        n: (c + share * combined.control[n]).astype(c.dtype) if n in combined.control else c
+        for n, c in model.control.items()
+    }
+    return replace(model, weights=weights, state=state, control=control)
+
+
+class _Admitted:
+    """One round's sound updates, one at a time; afterwards, what is to be told of all of them."""
+
+    def __init__(self, federation: _Federation, roster: Roster, asked: Instruction) -> None:
+        self._federation, self._roster, self._asked = federation, roster, asked
+        self.replies: list[Reply] = []
+        self.left_out: dict[str, str] = {}
+        self.bytes_up = 0
+
+    def __iter__(self) -> Iterator[Reply]:
+        asked, travels = self._asked, self._federation.travels
+        for reply in ask(self._federation.sites, self._roster, asked):
+            self.bytes_up += size(reply.delta) + size(reply.control)
             fault = fault_of(reply, asked, travels)
             if fault is None:
-                replies.append(replace(reply, delta={}, control={}))
+                self.replies.append(replace(reply, delta={}, control={}))
                 yield reply
             else:
-                left_out[reply.site] = fault
+                self.left_out[reply.site] = fault
                 log.warning("round=%d site=%s left out: %s", asked.round, reply.site, fault)
 
-    combined = strategy.combine(admitted(), WEIGHTINGS[study.federation.weighting])
-    record = _record(asked, replies, left_out, time.monotonic() - started)
-    return replace(
-        record,
-        void=len(replies) < study.federation.min_sites,
-        bytes_up=bytes_up,
-        bytes_down=len(names) * (_size(asked.weights) + _size(asked.control)),
-    ), combined
 
-
-def _evaluate_last(sites: Sites, names: list[str], asked: Instruction) -> RoundRecord:
+def _judge_last(federation: _Federation, model: _Model) -> tuple[RoundRecord, _Model]:
     """The last model's validation, which no later round reports, as a record of its own."""
-    started = time.monotonic()
-    replies = list(sites.ask((name, asked) for name in names))
-    good = [r for r in replies if not r.refusal]
-    left_out = {r.site: r.refusal for r in replies if r.refusal}
-    record = _record(asked, good, left_out, time.monotonic() - started)
-    return replace(record, round=asked.round + 1)
-
-
-def _finish(sites: Sites, names: list[str], asked: Instruction) -> Iterator[Reply]:
-    for reply in sites.ask((name, asked) for name in names):
-        if reply.refusal:
-            log.warning("finish: site=%s left out: %s", reply.site, reply.refusal)
-        else:
-            yield reply
-
-
-def _record(
-    asked: Instruction, replies: list[Reply], left_out: dict[str, str], seconds: float
-) -> RoundRecord:
-    part: Part = "validation"
-    losses = [(r.loss, r.n_cases) for r in replies if r.loss is not None]
-    cases = sum(n for _, n in losses)
-    return RoundRecord(
-        run=asked.run,
-        round=asked.round,
-        seconds=seconds,
-        metrics=mean_over_sites([r.metrics.get(part, {}) for r in replies]),
-        loss=sum(loss * n for loss, n in losses) / cases if cases else None,
-        sites=[
-            {
-                "name": r.site,
-                "metrics": dict(r.metrics.get(part, {})),
-                "loss": r.loss,
-                "epsilon": r.epsilon,
-                "seconds": r.seconds,
-                "steps": r.steps,
-            }
-            for r in replies
-        ],
-        left_out=left_out,
-        void=False,
-        bytes_down=0,
-        bytes_up=0,
+    started, rounds = time.monotonic(), federation.study.federation.rounds
+    asked = replace(
+        federation.say, kind="finish", round=rounds, parts=("validation",), weights=model.weights
     )
+    replies = list(ask(federation.sites, federation.roster, asked))
+    left_out = {r.site: r.refusal for r in replies if r.refusal}
+    good = [r for r in replies if not r.refusal]
+    record = round_record(asked, good, left_out, seconds=time.monotonic() - started)
+    best = model.best.or_this(rounds, record.metrics, model.weights)
+    return replace(record, round=rounds + 1), replace(model, best=best)
 
 
-def _size(group: Tensors) -> int:
-    return sum(a.nbytes for a in group.values())
+def _kept(study: Study, model: _Model) -> tuple[int, Tensors]:
+    """Which round's model is published, and its weights."""
+    if study.federation.keep == "best":
+        if model.best.value is not None:
+            return model.best.round, model.best.weights
+        log.warning(
+            "no site could measure %s on its validation part; the last model is kept",
+            study.federation.best_metric,
+        )
+    return study.federation.rounds, model.weights
 
 
-def _names(left_out: dict[str, str]) -> str:
-    return ", ".join(f"{site} ({why})" for site, why in sorted(left_out.items())) or "nobody"
+def _finish(
+    federation: _Federation, weights: Tensors, kept: int, best_round: int
+) -> tuple[Reply, ...]:
+    """The sites' last words: metrics of the kept model. Raises FederationError if none answers."""
+    asked = replace(
+        federation.say,
+        kind="finish",
+        round=kept,
+        best_round=best_round,
+        parts=("validation", "test"),
+        weights=weights,
+    )
+    replies = list(ask(federation.sites, federation.roster, asked))
+    left_out = {r.site: r.refusal for r in replies if r.refusal}
+    for site, why in left_out.items():
+        log.warning("finish: site=%s left out: %s", site, why)
+    if len(left_out) == len(replies):
+        raise FederationError(f"No site could evaluate the model. Left out: {named(left_out)}.")
+    return tuple(r for r in replies if not r.refusal)

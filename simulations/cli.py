@@ -161,7 +161,7 @@ def simulate(
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking must not start CUDA here
     from medfl.server.report import write_report
     from medfl.simulations.progress import LiveProgress
-    from medfl.simulations.results import environment, write_results
+    from medfl.simulations.results import environment, storing, write_results
     from medfl.simulations.run import Machine, choose_device, plan_runs, run_all
     from medfl.simulations.sites import find_hospitals
 
@@ -169,8 +169,9 @@ def simulate(
     machine = Machine(device=chosen) if workers is None else Machine(workers, chosen)
     sites = find_hospitals(study, data, cache or default_cache())
     runs = plan_runs(study, sites, out, compare, chosen)
-    moved = make_room(out)
-    shutil.copyfile(study_file, out / "study.toml")
+    with storing(out):
+        moved = make_room(out)
+        shutil.copyfile(study_file, out / "study.toml")
     typer.echo(
         f"{study.title or study.name}: {len(sites)} sites, {study.federation.rounds} rounds of "
         f"{study.federation.strategy}, {machine.workers} workers on {chosen}"
@@ -195,7 +196,14 @@ def simulate(
 def make_room(out: Path) -> Path | None:
     """Make `out`; results of an earlier run in it are moved aside, never overwritten."""
     moved = None
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file; name a folder")
+    names_in = {path.name for path in out.iterdir()} if out.exists() else set()
+    if names_in:
+        if "rounds.jsonl" not in names_in and not names_in <= {"study.toml", "hospitals"}:
+            raise ConfigError(
+                f"--out {out}: holds other files than an earlier run's; name a new folder"
+            )
         names = (out.with_name(f"{out.name}.previous-{n}") for n in itertools.count(1))
         moved = next(name for name in names if not name.exists())
         out.rename(moved)

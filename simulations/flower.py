@@ -6,9 +6,9 @@ same ones, so all of them know the same hospitals: partition i is the i-th in or
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,11 +23,9 @@ from medfl.common.study import Study, load_study
 from medfl.common.tensors import Tensors
 from medfl.server.flower import FlowerSites
 from medfl.server.flower import server_app as app_of_server
-from medfl.server.rounds import RoundRecord, run_study
+from medfl.server.rounds import Outcome, RoundRecord, run_study
 from medfl.simulations.run import MAIN, single_thread
 from medfl.simulations.sites import OpenHospitals, SimulatedRun, find_hospitals
-
-log = logging.getLogger(__name__)
 
 STUDIES = Path(__file__).resolve().parent / "studies"
 # Studies whose hospitals are made here if no data are named, and the folder that those lie in.
@@ -116,7 +114,7 @@ def find_hospital(context: Context) -> Hospital:
     if not isinstance(partition, int):
         raise ConfigError("This app is for Flower's simulation: a node has no partition-id here.")
     if partition >= n_hospitals:
-        return without_data(f"node-{partition + 1}", study)
+        return without_data(f"no-hospital-{partition + 1}", study)
     return opened.find(1, partition + 1)
 
 
@@ -127,10 +125,10 @@ def _opened(settings: Settings) -> tuple[OpenHospitals, Study, int]:
 
 
 def without_data(name: str, study: Study) -> Hospital:
-    """A site that answers every question with a DataError."""
+    """A site that refuses every question."""
 
     def nothing() -> Cohort:
-        raise DataError("There are more nodes than hospitals; this node has no data.")
+        raise DataError("There are more nodes than hospitals; this node takes no part.")
 
     return Hospital(name=name, study=study, load_cohort=nothing, folder=Path())
 
@@ -141,34 +139,34 @@ def main(sites: FlowerSites, context: Context) -> None:
     Raises:
         MedflError: whatever a person can do something about; Flower marks the run as failed.
     """
-    from medfl.server.report import write_report
-    from medfl.simulations.cli import summary_text
     from medfl.simulations.progress import LiveProgress
-    from medfl.simulations.results import RoundLog, environment, write_results
+    from medfl.simulations.results import RoundLog
 
     started = time.monotonic()
     single_thread()
     settings = settings_of(context.run_config)
     run = prepared(settings)
     greet(run, count_nodes(sites, len(run.names)), made=settings.data is None)
-    rounds = RoundLog(run.folder)
-    with LiveProgress({MAIN: run.study.federation.rounds}) as progress:
+    length = {MAIN: run.study.federation.rounds}
+    with closing(RoundLog(run.folder)) as rounds, LiveProgress(length) as progress:
 
         def note(record: RoundRecord, weights: Tensors) -> None:
             rounds.write(record)
             progress.show(record)
 
         outcome = run_study(run.study, sites, seed=settings.seed, run=MAIN, on_round=note)
-    rounds.close()
+    conclude(run, outcome, settings.seed, time.monotonic() - started)
+
+
+def conclude(run: SimulatedRun, outcome: Outcome, seed: int, seconds: float) -> None:
+    """Write models, result.json and the report, and say how it went."""
+    from medfl.server.report import write_report
+    from medfl.simulations.cli import summary_text
+    from medfl.simulations.results import environment, write_results
+
     about = environment("cpu", 0) | {"engine": "Flower simulation runtime"}
     del about["workers"]  # Ray's own affair
-    result = write_results(
-        [run],
-        {MAIN: outcome},
-        seed=settings.seed,
-        seconds=time.monotonic() - started,
-        environment=about,
-    )
+    result = write_results([run], {MAIN: outcome}, seed=seed, seconds=seconds, environment=about)
     write_report(run.folder)
     print(summary_text(result, run.folder), flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from math import prod
 
@@ -42,6 +43,22 @@ def partition(cases: Sequence[CaseRef], how: Partition) -> Parts:
 
 def _by_column(cases: Sequence[CaseRef], how: Partition) -> Parts:
     parts: Parts = {}
+    home = _home_of(cases, how)
+    for case in cases:
+        parts.setdefault(home[case.patient], []).append(case.case_id)
+    parts = {name: ids for name, ids in parts.items() if len(ids) >= how.drop_below}
+    if not parts:
+        raise ConfigError(
+            f"simulation.partition.drop_below: no site has {how.drop_below} cases; lower it"
+        )
+    small = [name for name, ids in parts.items() if len(ids) < how.merge_below]
+    rest = [case_id for name in sorted(small) for case_id in parts.pop(name)]
+    return {**parts, **({"rest": rest} if rest else {})}
+
+
+def _home_of(cases: Sequence[CaseRef], how: Partition) -> dict[str, str]:
+    """Each patient's site: where most of the patient's cases are, the first by name of equals."""
+    seen: dict[str, Counter[str]] = {}
     for case in cases:
         value = case.fields.get(how.column or "")
         if value is None:
@@ -49,10 +66,8 @@ def _by_column(cases: Sequence[CaseRef], how: Partition) -> Parts:
                 f"simulation.partition.column: the table has no column {how.column!r} "
                 f"(it has {', '.join(sorted(case.fields))})"
             )
-        parts.setdefault(_site_name(value), []).append(case.case_id)
-    small = [name for name, ids in parts.items() if len(ids) < how.merge_below]
-    rest = [case_id for name in sorted(small) for case_id in parts.pop(name)]
-    return {**parts, **({"rest": rest} if rest else {})}
+        seen.setdefault(case.patient, Counter())[_site_name(value)] += 1
+    return {patient: min(c, key=lambda site: (-c[site], site)) for patient, c in seen.items()}
 
 
 def _site_name(value: str) -> str:

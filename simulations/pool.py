@@ -80,6 +80,7 @@ class Pool:
             thread.join(timeout=5)
         self._drain()
         for worker in list(self._workers.values()):
+            worker.process.terminate()  # again: one may have been forked meanwhile
             worker.process.join(timeout=5)
             if worker.process.is_alive():
                 worker.process.kill()
@@ -127,12 +128,24 @@ class Pool:
                 if self._closing.is_set():
                     future.set_exception(PoolClosed("the simulation has ended"))
                     continue
-                worker.process.join(timeout=1)
-                code = worker.process.exitcode
-                log.warning("a worker process ended (exit code %s); it is replaced", code)
-                worker.pipe.close()
-                self._workers[number] = self._fork()
+                code = self._replace(number, worker)
                 future.set_exception(WorkerDied(f"a worker process ended (exit code {code})"))
+
+    def _replace(self, number: int, dead: _Worker) -> int | None:
+        """Bury a worker and fork its successor; returns the exit code."""
+        dead.process.join(timeout=1)
+        if dead.process.is_alive():
+            dead.process.kill()
+            dead.process.join()
+        code = dead.process.exitcode
+        log.warning("a worker process ended (exit code %s); it is replaced", code)
+        dead.pipe.close()
+        try:
+            self._workers[number] = self._fork()
+        except OSError as error:
+            # The dead one's pipe fails the next task as well, and that tries again.
+            log.warning("no process could be started: %s", error.strerror)
+        return code
 
 
 def _loop(
@@ -149,4 +162,8 @@ def _loop(
             task = pipe.recv_bytes()
         except EOFError:
             os._exit(0)
-        pipe.send_bytes(work(task))
+        result = work(task)
+        try:
+            pipe.send_bytes(result)
+        except BrokenPipeError:
+            os._exit(0)  # whoever asked is gone

@@ -6,14 +6,16 @@ import json
 import os
 import platform
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from medfl.common import tensors
+from medfl.common.errors import StorageError
 from medfl.common.messages import Reply
 from medfl.common.metrics import default_metrics, intervals, mean_over_sites, summarise
 from medfl.common.metrics.scores import Scores, concatenate, load
@@ -29,36 +31,60 @@ class RoundLog:
     def __init__(self, folder: Path) -> None:
         from tensorboardX import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "rounds.jsonl"
-        self.path.write_text("")
+        with storing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("")
         self._folder = folder / "tensorboard"
         self._make_writer = SummaryWriter
         self._writers: dict[str, Any] = {}
         self._lock = threading.Lock()
 
     def write(self, record: RoundRecord) -> None:
-        """Append one round."""
-        with self._lock:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
+        """Append one round. Raises StorageError, and then the file ends with the round before."""
+        with self._lock, storing(self.path):
+            self._append(json.dumps(asdict(record)) + "\n")
             if record.run not in self._writers:
                 self._writers[record.run] = self._make_writer(str(self._folder / record.run))
             writer = self._writers[record.run]
-            values = {f"validation/{n}": v for n, v in record.metrics.items()}
-            for name, value in {**values, "loss/train": record.loss}.items():
-                if value is not None:
-                    writer.add_scalar(name, value, record.round)
-            for site in record.sites:
-                for name, value in [*site["metrics"].items(), ("epsilon", site["epsilon"])]:
-                    if value is not None:
-                        writer.add_scalar(f"{site['name']}/{name}", value, record.round)
+            for name, value in _scalars(record):
+                writer.add_scalar(name, value, record.round)
             writer.flush()
 
     def close(self) -> None:
         """Close the event files."""
-        for writer in self._writers.values():
-            writer.close()
+        with self._lock, storing(self._folder):
+            for writer in self._writers.values():
+                writer.close()
+
+    def _append(self, line: str) -> None:
+        before = self.path.stat().st_size
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError:
+            os.truncate(self.path, before)
+            raise
+
+
+def _scalars(record: RoundRecord) -> Iterator[tuple[str, float]]:
+    values = {f"validation/{n}": v for n, v in record.metrics.items()} | {"loss/train": record.loss}
+    for site in record.sites:
+        own = {**site["metrics"], "epsilon": site["epsilon"]}
+        values |= {f"{site['name']}/{n}": v for n, v in own.items()}
+    yield from ((name, value) for name, value in values.items() if value is not None)
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """What the disk refuses in here becomes a StorageError."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path}: could not be written ({error.strerror}). Free some space or name another "
+            "folder with --out, then run the same command again"
+        ) from None
 
 
 def write_results(
@@ -71,9 +97,9 @@ def write_results(
 ) -> dict[str, Any]:
     """Write models, study.toml's digest and result.json into the main run's folder; returns it."""
     main = runs[0]
+    outcomes = {run.name: _with_own_numbers(run, outcomes[run.name]) for run in runs}
     outcome, study = outcomes[main.name], main.study
-    tables = {run.name: site_scores(run, outcomes[run.name], runs[0]) for run in runs}
-    summaries = {run.name: summary(run, outcomes[run.name], tables[run.name], seed) for run in runs}
+    summaries = {run.name: summary(run, outcomes, main, seed) for run in runs}
     for run in runs:
         about = {"study": study.name, "digest": run.study.digest, "run": run.name}
         tensors.save(outcomes[run.name].weights, run.folder / "model.safetensors", about)
@@ -95,9 +121,7 @@ def write_results(
         "refused": outcome.refused,
         "environment": dict(environment),
         "digests": {"study": study.digest, "model": tensors.digest(outcome.weights)},
-        "cohorts": {
-            r.site: r.cohort or _kept_at(main, r.site).get("digest", "") for r in outcome.final
-        },
+        "cohorts": {r.site: r.cohort for r in outcome.final},
         "n_parameters": int(sum(a.size for a in tensors.floats(outcome.weights).values())),
         "bytes_per_round": _bytes_per_round(outcome.records),
     }
@@ -106,85 +130,102 @@ def write_results(
     return result
 
 
+def _with_own_numbers(run: SimulatedRun, outcome: Outcome) -> Outcome:
+    """With what private sites keep from the coordinator: who simulates owns their data."""
+    final = []
+    for reply in outcome.final:
+        file = run.folder / "sites" / reply.site / "cohort.json"
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        final.append(replace(reply, **kept))
+    return replace(outcome, final=tuple(final))
+
+
 def summary(
-    run: SimulatedRun, outcome: Outcome, tables: Mapping[str, Scores], seed: int
+    run: SimulatedRun, outcomes: Mapping[str, Outcome], main: SimulatedRun, seed: int
 ) -> dict[str, Any]:
-    """sites, mean, all, all_intervals of one run."""
+    """sites, mean, all, all_intervals of one run, by the hospitals of the main one.
+
+    `mean` is over the sites' metrics, `all` counts every test case of every site once.
+    """
     study = run.study
     names = tuple(study.evaluation.metrics or default_metrics(study.task))
-    replies = {r.site: r for r in outcome.final}
+    tables = site_scores(run, outcomes[run.name], main)
+    replies = {r.site: r for r in outcomes[main.name].final} if run.pooled else {}
+    replies |= {r.site: r for r in outcomes[run.name].final}
     sites = [
-        _site(run, site, scores, replies, names, derive(seed, "bootstrap", site))
+        _site(study, replies[site], scores, names, derive(seed, "bootstrap", site))
         for site, scores in sorted(tables.items())
     ]
-    everything = concatenate([tables[s["name"]] for s in sites])
+    tested = [scores for _, scores in sorted(tables.items()) if scores is not None]
+    everything = concatenate(tested) if tested else None
+    values, bounds = _measured(study, everything, names, derive(seed, "bootstrap"))
     return {
-        "sites": sites,
+        "sites": [{**s, "epsilon": None, "delta": None} if run.pooled else s for s in sites],
         "mean": mean_over_sites([s["metrics"] for s in sites]),
-        "all": summarise(study.task, everything, names),
-        "all_intervals": _intervals(study, everything, names, derive(seed, "bootstrap")),
+        "all": values,
+        "all_intervals": bounds,
     }
 
 
 def _site(
-    run: SimulatedRun,
-    site: str,
-    scores: Scores,
-    replies: Mapping[str, Reply],
-    names: tuple[str, ...],
-    seed: int,
+    study: Study, reply: Reply, scores: Scores | None, names: tuple[str, ...], seed: int
 ) -> dict[str, Any]:
-    study, reply, kept = run.study, replies.get(site), _kept_at(run, site)
-    counts = kept.get("counts") or (reply.counts if reply is not None else {})
+    values, bounds = _measured(study, scores, names, seed)
     return {
-        "name": site,
-        "n_train": counts.get("train"),
-        "n_validation": counts.get("validation"),
-        "n_test": len(scores),
-        "metrics": summarise(study.task, scores, names),
-        "intervals": _intervals(study, scores, names, seed),
-        "epsilon": reply.epsilon if reply is not None else None,
-        "delta": reply.target_delta if reply is not None else None,
-        "quarantined": kept.get("left_out") or (dict(reply.left_out) if reply is not None else {}),
+        "name": reply.site,
+        "n_train": reply.counts.get("train"),
+        "n_validation": reply.counts.get("validation"),
+        "n_test": 0 if scores is None else len(scores),
+        "metrics": values,
+        "intervals": bounds,
+        "epsilon": reply.epsilon,
+        "delta": reply.target_delta,
+        "quarantined": dict(reply.left_out),
     }
 
 
-def _kept_at(run: SimulatedRun, site: str) -> dict[str, Any]:
-    """What a private site did not tell the coordinator; whoever simulates owns its data."""
-    file = run.folder / "sites" / site / "cohort.json"
-    return dict(json.loads(file.read_text())) if file.exists() else {}
+def _measured(
+    study: Study, scores: Scores | None, names: tuple[str, ...], seed: int
+) -> tuple[dict[str, float | None], dict[str, Any]]:
+    """Metrics and their intervals; a site without test cases has none."""
+    if scores is None:
+        return dict.fromkeys(names), {}
+    values = summarise(study.task, scores, names)
+    resamples = study.evaluation.bootstrap
+    if not resamples:
+        return values, {}
+    return values, dict(intervals(study.task, scores, names, resamples=resamples, seed=seed))
 
 
-def _intervals(study: Study, scores: Scores, names: tuple[str, ...], seed: int) -> dict[str, Any]:
-    if not study.evaluation.bootstrap:
-        return {}
-    return dict(
-        intervals(study.task, scores, names, resamples=study.evaluation.bootstrap, seed=seed)
-    )
+def site_scores(
+    run: SimulatedRun, outcome: Outcome, main: SimulatedRun
+) -> dict[str, Scores | None]:
+    """Test scores by hospital, None where it has no test case.
 
-
-def site_scores(run: SimulatedRun, outcome: Outcome, main: SimulatedRun) -> dict[str, Scores]:
-    """Test scores by hospital; a pooled run's cases go back to the hospitals they came from."""
-    found = {
-        reply.site: load(_scores_file(run, reply.site))
-        for reply in outcome.final
-        if _scores_file(run, reply.site).exists()
-    }
+    A pooled run's cases go back to the hospitals that they came from.
+    """
+    found = {reply.site: _scores(run, reply.site) for reply in outcome.final}
     if not run.pooled:
         return found
     pooled = found["pooled"]
-    position = {key: i for i, key in enumerate(pooled.keys)}
-    parts = {}
+    position = {} if pooled is None else {key: i for i, key in enumerate(pooled.keys)}
+    parts: dict[str, Scores | None] = {}
     for hospital in main.names:
-        file = _scores_file(main, hospital)
-        if file.exists():
-            rows = [position[key] for key in load(file).keys]
-            parts[hospital] = Scores(
-                keys=tuple(pooled.keys[i] for i in rows),
-                patients=tuple(pooled.patients[i] for i in rows),
-                columns={n: column[rows] for n, column in pooled.columns.items()},
-            )
+        own = _scores(main, hospital)
+        if own is None or pooled is None:
+            continue
+        rows = [position[key] for key in own.keys]
+        parts[hospital] = Scores(
+            keys=own.keys,
+            patients=tuple(pooled.patients[i] for i in rows),
+            columns={n: column[rows] for n, column in pooled.columns.items()},
+        )
     return parts
+
+
+def _scores(run: SimulatedRun, site: str) -> Scores | None:
+    file = _scores_file(run, site)
+    return load(file) if file.exists() else None
 
 
 def _scores_file(run: SimulatedRun, site: str) -> Path:

@@ -7,10 +7,11 @@ outcomes + the sites' score files -> result.json, rounds.jsonl, models, report
 
 from __future__ import annotations
 
-import logging
+import importlib
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,8 +27,6 @@ from medfl.simulations.pool import Pool
 from medfl.simulations.results import RoundLog
 from medfl.simulations.sites import OpenHospitals, SimulatedHospital, SimulatedRun
 from medfl.strategies.catalogue import STRATEGIES, strategy_for
-
-log = logging.getLogger(__name__)
 
 MAIN = "main"
 
@@ -58,7 +57,7 @@ def plan_runs(
     main = SimulatedRun(MAIN, study, tuple(hospitals), out, device)
     strategy_for(study)
     runs = [main]
-    for name in compare:
+    for name in dict.fromkeys(compare):
         folder = out / "baselines" / name
         if name == "pooled":
             pooled = as_pooled(study, len(hospitals))
@@ -106,39 +105,47 @@ def run_all(
     """
     by_id = dict(enumerate(runs, start=1))
     opened = OpenHospitals(by_id)
-
     preload(runs[0].study)
     work = worker(client_app(lambda context: opened.find(context.run_id, context.node_id)))
-    rounds = RoundLog(runs[0].folder)
-    with Pool(work, machine.workers, start=single_thread) as pool:
-        latest: dict[str, Tensors] = {}
+    latest: dict[str, Tensors] = {}
+    with (
+        closing(RoundLog(runs[0].folder)) as rounds,
+        Pool(work, machine.workers, single_thread) as pool,
+    ):
+
+        def note(record: RoundRecord, weights: Tensors) -> None:
+            latest[record.run] = weights
+            rounds.write(record)
+            on_round(record)
 
         def one(run_id: int, run: SimulatedRun) -> Outcome:
-            grid = LocalGrid(pool, run_id, len(run.names))
-
-            def note(record: RoundRecord, weights: Tensors) -> None:
-                latest[run.name] = weights
-                rounds.write(record)
-                on_round(record)
-
-            return run_study(run.study, FlowerSites(grid), seed=seed, run=run.name, on_round=note)
+            sites = FlowerSites(LocalGrid(pool, run_id, len(run.names)))
+            return run_study(run.study, sites, seed=seed, run=run.name, on_round=note)
 
         threads = ThreadPoolExecutor(len(runs), thread_name_prefix="coordinator")
         futures = {run.name: threads.submit(one, i, run) for i, run in by_id.items()}
         try:
             _wait(futures.values())
         except KeyboardInterrupt:
-            pool.close()
-            for run in runs:
-                if run.name in latest:
-                    tensors.save(latest[run.name], run.folder / "model_last.safetensors")
-            raise Interrupted(
-                f"Stopped. The rounds that were finished are in {rounds.path}, the weights after "
-                "them in model_last.safetensors beside it."
-            ) from None
+            raise Interrupted(f"Stopped. {_kept(runs, latest, rounds.path)}") from None
         finally:
-            threads.shutdown(wait=False, cancel_futures=True)
-        return {name: future.result() for name, future in futures.items()}
+            # Waiting coordinators end with their pool, and nobody writes once the log is closed.
+            pool.close()
+            threads.shutdown(cancel_futures=True)
+    return {name: future.result() for name, future in futures.items()}
+
+
+def _kept(runs: Sequence[SimulatedRun], latest: Mapping[str, Tensors], log_file: Path) -> str:
+    """Write the weights of runs that were stopped; says what is on disk."""
+    if not latest:
+        return "No round was finished yet; nothing is kept."
+    for run in runs:
+        if run.name in latest:
+            tensors.save(latest[run.name], run.folder / "model_last.safetensors")
+    return (
+        f"The rounds that were finished are in {log_file}, the weights after them in "
+        "model_last.safetensors beside it."
+    )
 
 
 def _wait(futures: Collection[Future[Outcome]]) -> None:
@@ -152,14 +159,19 @@ def _wait(futures: Collection[Future[Outcome]]) -> None:
 
 def preload(study: Study) -> None:
     """Import here what every worker needs, so that a fork shares it."""
-    import torch
-
-    import medfl.client.training.loop
-    import medfl.client.training.predict
-    import medfl.common.models  # noqa: F401
-
+    needed = [
+        "medfl.client.training.loop",
+        "medfl.client.training.predict",
+        "medfl.common.models",
+        "torch._dynamo",  # which the first optimiser imports, in a second
+    ]
+    if study.evaluation.split == "shuffled":
+        needed.append("sklearn.model_selection")
+    if study.privacy is not None:
+        needed += ["opacus.accountants.analysis.prv", "opacus.accountants.analysis.rdp"]
+    for name in needed:
+        importlib.import_module(name)
     single_thread()
-    log.debug("torch %s", torch.__version__)
 
 
 def single_thread() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from numpy.typing import NDArray
 from medfl.client.data.cases import Arrays, Cohort
 from medfl.client.data.cohort import build_cohort, find_cases
 from medfl.client.hospital import Hospital
-from medfl.common.errors import ConfigError
+from medfl.common.errors import ConfigError, DataError
 from medfl.common.site import Cache, Policy, SitePrivacy, load_site
 from medfl.common.source import DataSource
 from medfl.common.study import Study
 from medfl.simulations.partition import partition
+
+log = logging.getLogger(__name__)
 
 # Hospitals that one worker keeps open. More would make memory grow with the number of sites.
 OPEN_HOSPITALS = 8
@@ -67,7 +70,7 @@ class SimulatedRun:
             return Hospital(
                 name="pooled",
                 study=self.study,
-                load_cohort=lambda: pool([h.cohort(self.study) for h in self.hospitals]),
+                load_cohort=lambda: pool(list(_usable(self.hospitals, self.study))),
                 folder=self.folder / "sites" / "pooled",
                 device=self.device,
                 simulated=True,
@@ -101,6 +104,15 @@ class OpenHospitals:
         while len(self._open) > OPEN_HOSPITALS:
             self._open.popitem(last=False)
         return self._open[key]
+
+
+def _usable(hospitals: Sequence[SimulatedHospital], study: Study) -> Iterator[Cohort]:
+    """The cohorts of the hospitals whose data serve the study, as the federation has them."""
+    for hospital in hospitals:
+        try:
+            yield hospital.cohort(study)
+        except DataError as error:
+            log.warning("site=%s is not pooled: %s", hospital.name, error)
 
 
 def find_hospitals(study: Study, data: Path, cache: Path) -> tuple[SimulatedHospital, ...]:
@@ -173,9 +185,12 @@ class _Chain(Sequence[NDArray[Any]]):
 
 
 def pool(cohorts: Sequence[Cohort]) -> Cohort:
-    """All cohorts as if they lay in one hospital; each case keeps its part."""
+    """All cohorts as if they lay in one hospital; each case keeps its part. Raises DataError."""
+    if not cohorts:
+        raise DataError("No hospital's data can serve the study.")
     first = cohorts[0]
-    in_one_array = isinstance(first.targets, np.ndarray)
+    # Labels are copied; masks, with a case's every voxel, stay where they are.
+    in_one_array = isinstance(first.targets, np.ndarray) and first.targets.ndim <= 2
     return replace(
         first,
         cases=tuple(c for cohort in cohorts for c in cohort.cases),

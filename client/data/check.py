@@ -245,7 +245,7 @@ def _describe_pictures(pictures: Pictures) -> list[str]:
 
 
 def text_of(values: Range) -> str:
-    """`low–high`, or the one value where they agree."""
+    """`low to high`, or the one value where they agree."""
     if math.isclose(values.low, values.high, rel_tol=1e-3):
         return f"{values.low:.4g}"
-    return f"{values.low:.4g}–{values.high:.4g}"
+    return f"{values.low:.4g} to {values.high:.4g}"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from medfl.client.data.cases import Cohort
 from medfl.client.data.check import SPLITS, Checked, text_of
+from medfl.common.pictures import upright
 from medfl.common.study import Study
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; class 0 is never drawn.
@@ -70,18 +71,26 @@ def _shown(cohort: Cohort, study: Study, index: int) -> Shown:
         label = ", ".join(c for c, on in zip(study.task.classes, row, strict=True) if on)
     else:
         label = study.task.classes[int(np.asarray(cohort.targets)[index])]
-    return Shown(cohort.cases[index].key[:8], label, _uri(picture(image, mask)))
+    return Shown(
+        cohort.cases[index].key[:8],
+        label,
+        _uri(picture(image, mask, study.image.orientation if study.image else None)),
+    )
 
 
-def picture(image: NDArray[np.float32], mask: NDArray[np.generic] | None) -> Rgb:
-    """(C, *spatial) -> (H, W, 3): the middle slice or the one with most mask, and contours."""
+def picture(
+    image: NDArray[np.float32], mask: NDArray[np.generic] | None, orientation: str | None
+) -> Rgb:
+    """(C, *spatial) -> (H, W, 3): the middle slice or the one with most mask, and contours.
+
+    orientation: of a volume's axes; its slices are shown as radiologists see them.
+    """
     if image.ndim == 4:
         middle = image.shape[3] // 2
         if mask is not None and mask.any():
             middle = int((mask > 0).sum(axis=(0, 1)).argmax())  # type: ignore[operator]
-        # X runs to the right and Y upwards on the page.
-        image = image[:, :, ::-1, middle].transpose(0, 2, 1)
-        mask = None if mask is None else mask[:, ::-1, middle].T
+        image = np.stack([upright(channel[..., middle], orientation) for channel in image])
+        mask = None if mask is None else upright(mask[..., middle], orientation)
     low, high = np.percentile(image, (0.5, 99.5))
     grey = np.clip((image - low) / max(float(high - low), 1e-6) * 255, 0, 255).astype(np.uint8)
     colours = grey if len(grey) == 3 else np.repeat(grey[:1], 3, axis=0)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from medfl.common.errors import StorageError
 from medfl.common.metrics.scores import DICE, Scores
+from medfl.common.pictures import upright
 from medfl.common.study import Task
 from medfl.server.report import words
 from medfl.server.report.plot import MANY, SERIES, only_grid, short, svg
@@ -68,19 +69,6 @@ def read_examples(path: Path, site: str, orientation: str | None = None) -> list
         for image, target, said, score in zip(*parts, strict=True)
         if np.isfinite(score)
     ]
-
-
-def upright(slice_: NDArray[Any], orientation: str | None) -> NDArray[Any]:
-    """(first axis, second axis) of a volume -> (rows, columns), the patient's right on the left.
-
-    Rows run from the front (or head), columns from the patient's right; letters name where an
-    axis leads to, as nibabel's do. Anything that is no slice stays as it is.
-    """
-    if orientation is None or slice_.ndim != 2:
-        return slice_
-    away = "RAS"  # axes that lead there start at the picture's other end
-    first, second = (-1 if letter in away else 1 for letter in orientation[:2])
-    return slice_[::first, ::second].T
 
 
 def best_and_worst(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:

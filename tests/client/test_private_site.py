@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medfl.client import budget, hospital
+from medfl.client import budget
 from medfl.client.cli import main
 from medfl.client.composition import spent
 from medfl.client.data.cohort import build_cohort
@@ -21,12 +21,14 @@ from medfl.client.ledger import Ledger
 from medfl.common import accounting, config
 from medfl.common.errors import BudgetSpent, FederationError, PolicyRefused
 from medfl.common.messages import Instruction, Reply, pack
+from medfl.common.models import build_model
+from medfl.common.models.weights import get_weights
 from medfl.common.site import Budget, SitePrivacy
 from medfl.common.source import DataSource
 from medfl.common.statistics import Shared, statistics_to_plain
 from medfl.common.study import Study
 from medfl.common.tensors import digest
-from medfl.server.rounds import initial_weights, run_study
+from medfl.server.rounds import run_study
 
 STUDY: dict[str, Any] = {
     "name": "ages",
@@ -106,6 +108,10 @@ def asked(site: Hospital, kind: str = "round", round_: int = 1, **more: Any) -> 
     )
 
 
+def initial_weights(study: Study, shared: Shared, seed: int) -> dict[str, Any]:
+    return get_weights(build_model(study, shared, n_features=1, seed=seed))
+
+
 class Direct:
     """Sites that are asked without a transport."""
 
@@ -139,7 +145,7 @@ def test_an_answer_says_what_is_declared_and_nothing_that_was_counted(make_site)
     assert (site.folder / "scores.npz").exists()
     facts = json.loads((site.folder / "cohort.json").read_text())
     assert facts["counts"] == {"train": 20, "validation": 10, "test": 9}
-    assert facts["digest"] == site.cohort.digest
+    assert facts["cohort"] == site.cohort.digest
 
 
 def test_messages_are_the_same_with_one_patient_more(make_site) -> None:
@@ -260,7 +266,6 @@ def test_one_study_alone_is_held_to_its_own_epsilon(make_site) -> None:
 def test_an_accountant_that_begins_anew_each_round_would_be_seen(make_site, monkeypatch) -> None:
     site = make_site()
     monkeypatch.setattr(budget, "_steps_of", lambda *_: [])
-    monkeypatch.setattr(hospital, "_spent", lambda site: (0.7, 1e-3))
     for round_ in (1, 2, 3, 4):
         answer(site, asked(site, round_=round_))
     # The study's own check was deceived; the ledger was not.

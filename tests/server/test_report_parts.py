@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from medfl.common.metrics import score_classification
+from medfl.common.pictures import upright
 from medfl.common.study import Task
 from medfl.server.report import words
 from medfl.server.report.classification import confusion, reliability, roc
 from medfl.server.report.plot import inline, svg
-from medfl.server.report.segmentation import Example, best_and_worst, upright
+from medfl.server.report.segmentation import Example, best_and_worst
 from medfl.server.report.write import markdown_text
 
 

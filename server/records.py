@@ -1,0 +1,99 @@
+"""What the coordinator remembers of a round for people, and which model was the best so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from medfl.common.messages import Instruction, Reply
+from medfl.common.metrics import better, mean_over_sites
+from medfl.common.tensors import Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """What a person may see of one round. Metrics are those of the model that the round received.
+
+    metrics: mean over the sites. sites: one plain record a site. left_out: site -> why.
+    void: too few updates; the model did not change.
+    """
+
+    run: str
+    round: int
+    seconds: float
+    metrics: dict[str, float | None]
+    loss: float | None
+    sites: list[dict[str, Any]]
+    left_out: dict[str, str]
+    void: bool
+    bytes_down: int
+    bytes_up: int
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best model so far by the study's rule; nothing yet where `value` is None."""
+
+    metric: str | None
+    round: int = 0
+    value: float | None = None
+    weights: Tensors = field(default_factory=dict)
+
+    def or_this(self, round_: int, metrics: Mapping[str, float | None], weights: Tensors) -> Best:
+        """The better of the two; the earlier one where they are equal."""
+        value = None if self.metric is None else metrics.get(self.metric)
+        if self.metric is None or value is None:
+            return self
+        sign = 1 if better(self.metric) == "higher" else -1
+        if self.value is not None and sign * value <= sign * self.value:
+            return self
+        return Best(self.metric, round_, value, weights)
+
+
+def round_record(
+    asked: Instruction,
+    replies: Sequence[Reply],
+    left_out: dict[str, str],
+    *,
+    seconds: float,
+    void: bool = False,
+    bytes_up: int = 0,
+) -> RoundRecord:
+    """The record of one round from the admitted replies (their arrays are not looked at)."""
+    losses = [(r.loss, r.n_cases) for r in replies if r.loss is not None]
+    cases = sum(n for _, n in losses)
+    n_asked = len(replies) + len(left_out)
+    return RoundRecord(
+        run=asked.run,
+        round=asked.round,
+        seconds=seconds,
+        metrics=mean_over_sites([r.metrics.get("validation", {}) for r in replies]),
+        loss=sum(loss * n for loss, n in losses) / cases if cases else None,
+        sites=[_site(reply) for reply in replies],
+        left_out=left_out,
+        void=void,
+        bytes_down=n_asked * (size(asked.weights) + size(asked.control)),
+        bytes_up=bytes_up,
+    )
+
+
+def size(group: Tensors) -> int:
+    """Bytes of these arrays."""
+    return sum(a.nbytes for a in group.values())
+
+
+def named(left_out: Mapping[str, str]) -> str:
+    """Sites and reasons in one line."""
+    return ", ".join(f"{site} ({why})" for site, why in sorted(left_out.items())) or "nobody"
+
+
+def _site(reply: Reply) -> dict[str, Any]:
+    return {
+        "name": reply.site,
+        "metrics": dict(reply.metrics.get("validation", {})),
+        "loss": reply.loss,
+        "epsilon": reply.epsilon,
+        "seconds": reply.seconds,
+        "steps": reply.steps,
+    }

@@ -1,0 +1,73 @@
+"""The hospitals of one run: who takes part, and questions to them by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
+
+from medfl.common import statistics
+from medfl.common.errors import FederationError
+from medfl.common.messages import Instruction, Reply
+from medfl.common.statistics import LocalStatistics, Shared
+from medfl.common.study import Study
+from medfl.server.records import named
+
+log = logging.getLogger(__name__)
+
+# Site name -> address, in order of the names: sums must not depend on who came first.
+Roster = Mapping[str, str]
+
+
+class Sites(Protocol):
+    """The hospitals as the coordinator reaches them."""
+
+    def names(self) -> list[str]:
+        """Addresses of all hospitals, in a fixed order."""
+
+    def ask(self, instructions: Iterable[tuple[str, Instruction]]) -> Iterator[Reply]:
+        """Send each instruction to its address; yield the replies in the order asked."""
+
+
+def prepare(study: Study, sites: Sites, say: Instruction) -> tuple[Roster, Shared, dict[str, str]]:
+    """Who takes part, what they share, and who refused why."""
+    addresses = sites.names()
+    found: dict[str, str] = {}
+    parts: dict[str, LocalStatistics] = {}
+    refused: dict[str, str] = {}
+    for address, reply in zip(addresses, sites.ask((a, say) for a in addresses), strict=True):
+        part, why = _part_of(reply)
+        name = reply.site or address
+        if part is None or name in found:
+            refused[name] = why or "two sites have this name"
+            log.warning("site=%s takes no part: %s", name, refused[name])
+        else:
+            found[name], parts[name] = address, part
+    if len(found) < max(1, study.federation.min_sites):
+        raise FederationError(
+            f"{len(found)} of {len(addresses)} sites can take part; the study needs "
+            f"{study.federation.min_sites}. Left out: {named(refused)}. "
+            "Run `medfl-client check` at each of them."
+        )
+    ordered = sorted(found)
+    shared = statistics.merge(parts[n] for n in ordered)
+    return {n: found[n] for n in ordered}, shared, refused
+
+
+def _part_of(reply: Reply) -> tuple[LocalStatistics | None, str]:
+    if reply.refusal:
+        return None, reply.refusal
+    try:
+        return statistics.local_from_plain(reply.statistics), ""
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None, "statistics that cannot be read"
+
+
+def ask(sites: Sites, roster: Roster, asked: Instruction) -> Iterator[Reply]:
+    """Replies under the names that the sites took part with."""
+    replies = sites.ask((address, asked) for address in roster.values())
+    for name, reply in zip(roster, replies, strict=True):
+        why = reply.refusal
+        if not why and (reply.site, reply.round) != (name, asked.round):
+            why = "answer to another question"
+        yield Reply(site=name, round=asked.round, refusal=why) if why else reply
