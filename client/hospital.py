@@ -7,29 +7,25 @@ finish   kept weights -> metrics; the scores of single cases stay in the hospita
 
 from __future__ import annotations
 
-import json
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medfl.client import budget, home
+from medfl.client import budget, home, private_site
 from medfl.client.data.cases import Cohort
 from medfl.client.encoding import case_set, local_statistics
 from medfl.client.evaluate import evaluate, rounded
 from medfl.client.ledger import Entry, Ledger
-from medfl.client.noise import fresh_key, key_from
-from medfl.client.released import Summary, with_noise, withheld
+from medfl.client.released import withheld
 from medfl.client.training.plan import TrainPlan
 from medfl.common import tensors
 from medfl.common.errors import PolicyRefused
-from medfl.common.messages import PARTS, Instruction, Metrics, Part, Reply
-from medfl.common.metrics import summarise
+from medfl.common.messages import Instruction, Metrics, Part, Reply
 from medfl.common.records import columns
 from medfl.common.seeds import derive
 from medfl.common.site import Policy, SitePrivacy
@@ -153,7 +149,7 @@ def _prepare(hospital: Hospital, asked: Instruction) -> Reply:
     if terms is not None:
         uses = budget.whole_study(study, terms, asked.run, hospital.patients)
         budget.refuse_too_much(hospital.ledger, terms, uses)
-        _note_cohort(hospital)
+        private_site.note_cohort(hospital)
         statistics = replace(statistics, n_cases=terms.n_cases or 1)
     return replace(
         _described(hospital),
@@ -218,20 +214,11 @@ _ANSWERS: Mapping[str, Callable[[Hospital, Instruction], Reply]] = {
 def _described(hospital: Hospital) -> Reply:
     """How many cases there are, and how many were left out for which reason; if that is open."""
     reply = Reply(site=hospital.name)
-    return reply if hospital.terms is not None else replace(reply, **_counted(hospital.cohort))
-
-
-def _counted(cohort: Cohort) -> dict[str, Any]:
-    return {
-        "counts": {part: len(cohort.positions(part)) for part in PARTS},
-        "left_out": dict(Counter(case.reason for case in cohort.quarantined)),
-    }
-
-
-def _note_cohort(hospital: Hospital) -> None:
-    """For the hospital, and for a simulation's report: these exact numbers do not leave."""
-    facts = {**_counted(hospital.cohort), "cohort": hospital.cohort.digest}
-    tensors.write_atomic(hospital.folder / "cohort.json", json.dumps(facts).encode())
+    return (
+        reply
+        if hospital.terms is not None
+        else replace(reply, **private_site.counted(hospital.cohort))
+    )
 
 
 def _with_spent(hospital: Hospital, reply: Reply) -> Reply:
@@ -246,30 +233,19 @@ def _plan(
     hospital: Hospital, asked: Instruction, patients: Sequence[str]
 ) -> tuple[TrainPlan, Entry | None]:
     """How this round trains here; with privacy, the round is charged now."""
-    study, terms, mu = hospital.study, hospital.terms, hospital.local.proximal_mu
+    mu = hospital.local.proximal_mu
     plan = TrainPlan(
         round=asked.round,
-        rounds=study.federation.rounds,
+        rounds=hospital.study.federation.rounds,
         # The empty part keeps published results as they are, to the bit.
         seed=derive(asked.seed, "site", hospital.name, "", "round", asked.round),
         device=hospital.device,
         penalty=proximal(mu) if mu else None,
     )
-    if terms is None or not patients:
+    if hospital.terms is None or not patients:
         return plan, None
-    dp, steps = budget.dp_plan(study, terms)
-    step = (dp.noise_multiplier, dp.sample_rate, steps)
-    charge = budget.charge_for(study, asked.run, "training", asked.round, step, terms.unit)
-    entry = budget.reserve(hospital.ledger, terms, charge, patients)
-    return replace(plan, dp=replace(dp, key=_key(hospital, asked, entry))), entry
-
-
-def _key(hospital: Hospital, asked: Instruction, entry: Entry) -> bytes:
-    """Of noise and sampling: fresh, or in a simulation from the seed, another for each use."""
-    if not hospital.simulated:
-        return fresh_key()
-    # The same noise twice would cancel out in the difference of two answers.
-    return key_from(asked.seed, "site", hospital.name, "use", entry.number)
+    dp, entry = private_site.charged(hospital, hospital.terms, asked, patients)
+    return replace(plan, dp=dp), entry
 
 
 def proximal(mu: float) -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]:
@@ -294,7 +270,7 @@ def _evaluated(
 def _evaluated_part(
     hospital: Hospital, asked: Instruction, model: nn.Module, shared: Shared, part: Part
 ) -> Metrics:
-    summary, entry = _told(hospital, asked, part)
+    summary, entry = private_site.told(hospital, asked, part)
     if summary is withheld and part != "test":
         return {}
     metrics = evaluate(
@@ -308,19 +284,6 @@ def _evaluated_part(
     if entry is not None:
         hospital.ledger.settle(entry)
     return {} if summary is withheld else metrics
-
-
-def _told(hospital: Hospital, asked: Instruction, part: Part) -> tuple[Summary, Entry | None]:
-    """What is said of one part's scores: all; under privacy nothing, or what is charged now."""
-    study, terms, patients = hospital.study, hospital.terms, hospital.patients(part)
-    if terms is None:
-        return summarise, None
-    if terms.metrics_epsilon is None or part == "train" or not patients:
-        return withheld, None
-    noise = budget.metrics_noise(study, terms)
-    charge = budget.charge_for(study, asked.run, part, asked.round, (noise, 1.0, 1), "patient")
-    entry = budget.reserve(hospital.ledger, terms, charge, patients)
-    return with_noise(noise, _key(hospital, asked, entry)), entry
 
 
 def _received(hospital: Hospital, asked: Instruction, shared: Shared, round_: int) -> nn.Module:
