@@ -111,12 +111,15 @@ def run_study(
         records.append(record)
         on_round(record, last)
     kept, weights = _kept(study, model)
+    final, record = _finish(federation, weights, kept, model.best.round)
+    if model.best.metric is None:
+        on_round(record, last)
     return Outcome(
         weights=weights,
         last=last,
         selected_round=kept,
         shared=shared,
-        final=_finish(federation, weights, kept, model.best.round),
+        final=final,
         records=tuple(records),
         seconds=time.monotonic() - started,
         refused=refused,
@@ -248,8 +251,13 @@ def _kept(study: Study, model: _Model) -> tuple[int, Tensors]:
 
 def _finish(
     federation: _Federation, weights: Tensors, kept: int, best_round: int
-) -> tuple[Reply, ...]:
-    """The sites' last words: metrics of the kept model. Raises FederationError if none answers."""
+) -> tuple[tuple[Reply, ...], RoundRecord]:
+    """The sites' last words, metrics of the kept model, and their validation as a record.
+
+    Raises:
+        FederationError: no site answered.
+    """
+    started = time.monotonic()
     asked = replace(
         federation.say,
         kind="finish",
@@ -264,4 +272,6 @@ def _finish(
         log.warning("finish: site=%s left out: %s", site, why)
     if len(left_out) == len(replies):
         raise FederationError(f"No site could evaluate the model. Left out: {named(left_out)}.")
-    return tuple(r for r in replies if not r.refusal)
+    good = [r for r in replies if not r.refusal]
+    record = round_record(asked, good, left_out, seconds=time.monotonic() - started)
+    return tuple(good), replace(record, round=federation.study.federation.rounds + 1)

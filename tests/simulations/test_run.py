@@ -169,7 +169,10 @@ def test_every_round_of_every_run_is_logged(write_study: Write, data: Path, tmp_
     ran(load_study(write_study()), data, tmp_path / "out", ["local"])
     lines = [json.loads(t) for t in (tmp_path / "out/rounds.jsonl").read_text().splitlines()]
     assert sorted((x["run"], x["round"]) for x in lines) == [
-        (run, r) for run in ("local", "main") for r in (1, 2, 3)
+        # The fourth is the judgement of the last model, which no round received.
+        (run, r)
+        for run in ("local", "main")
+        for r in (1, 2, 3, 4)
     ]
     assert {s["name"] for s in lines[0]["sites"]} == {"a", "b", "c"}
 
