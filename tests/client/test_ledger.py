@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -232,37 +233,37 @@ for r in range(10_000):
 """
 
 
-def spent_and_released(
-    folder: Path, order: str, kills: int, seed: int
-) -> list[tuple[float, float]]:
+def spent_and_released(folder: Path, order: str, seed: int) -> Iterator[tuple[float, float]]:
     """(epsilon by the ledger, epsilon of what was released) after each kill of the process."""
-    rng, found = random.Random(seed), []
+    rng = random.Random(seed)
     (folder / "released").touch()
-    for _ in range(kills):
+    for attempt in range(80):
         process = subprocess.Popen(
             [sys.executable, "-c", WORK, folder, order], stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(rng.uniform(0.0, 0.06))
+        # Longer from time to time: a busy machine writes little in a few milliseconds.
+        time.sleep(rng.uniform(0.0, 0.02 * (1 + attempt)))
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=30)
         process.stdout.close()
-        # A write of a few bytes to a pipe or file is whole or not there.
         steps = sum(map(int, (folder / "released").read_text().split()))
         by_ledger = Ledger(folder / "ledger").heaviest()
-        real = accounting.epsilon([(4.0, 0.5, steps)], 1e-3)
-        found.append((spent(by_ledger, 1e-3), real))
-    return found
+        yield spent(by_ledger, 1e-3), accounting.epsilon([(4.0, 0.5, steps)], 1e-3)
 
 
 def test_killed_at_any_moment_the_ledger_never_says_too_little(tmp_path: Path) -> None:
-    found = spent_and_released(tmp_path, "reserved first", kills=10, seed=0)
-    assert all(by_ledger >= real for by_ledger, real in found)
-    assert found[-1][1] > 0
+    worked = 0
+    for by_ledger, real in spent_and_released(tmp_path, "reserved first", seed=0):
+        assert by_ledger >= real
+        worked += real > 0
+        if worked == 8:
+            return
+    pytest.fail("the process never came to release anything")
 
 
 @pytest.mark.slow
 def test_a_ledger_written_afterwards_would_be_caught(tmp_path: Path) -> None:
-    found = spent_and_released(tmp_path, "released first", kills=25, seed=0)
+    found = spent_and_released(tmp_path, "released first", seed=0)
     assert any(by_ledger < real for by_ledger, real in found)
