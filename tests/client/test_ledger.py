@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import signal
@@ -106,6 +107,20 @@ def test_an_edited_line_is_noticed_and_named(ledger: Ledger, line: int) -> None:
     file_of(ledger).write_text("\n".join(lines) + "\n")
     with pytest.raises(StorageError, match=f"line {line} was changed"):
         ledger.reserve(charge(2), SIX)
+
+
+def test_an_edited_line_with_a_new_hash_of_its_own_breaks_the_next(ledger: Ledger) -> None:
+    for round_ in (1, 2):
+        ledger.reserve(charge(round_), SIX)
+    lines = file_of(ledger).read_text().splitlines()
+    plain = json.loads(lines[1])
+    plain["charge"]["noise_multiplier"] = 4000.0
+    del plain["hash"]
+    plain["hash"] = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    lines[1] = json.dumps(plain, sort_keys=True)
+    file_of(ledger).write_text("\n".join(lines) + "\n")
+    with pytest.raises(StorageError, match="line 3 was changed"):
+        ledger.heaviest()
 
 
 def test_a_removed_a_swapped_and_a_doubled_line_are_noticed(ledger: Ledger) -> None:
