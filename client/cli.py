@@ -115,12 +115,12 @@ def budget(
     own = load_site(site)
     said, cost = statement.statement(own), None
     if study is not None:
-        from medfl.client.data.cohort import build_cohort
+        from medfl.client.data.check import check_with_cohort
         from medfl.common.messages import PARTS
         from medfl.common.study import load_study
 
         agreed = load_study(study)
-        cohort = build_cohort(own.data, agreed, cache=own.cache, n_jobs=jobs)
+        cohort = check_with_cohort(own, agreed, n_jobs=jobs).cohort
         parts = {p: [cohort.cases[i].patient for i in cohort.positions(p)] for p in PARTS}
         cost = statement.proposed(own, agreed, parts)
     if as_json:
@@ -129,6 +129,95 @@ def budget(
         typer.echo("\n".join(statement.describe(said, cost)))
     if cost is not None and not cost["fits"]:
         raise typer.Exit(BudgetSpent.exit_code)
+
+
+@app.command()
+def exclude(
+    site: Annotated[Path, typer.Argument(help="The hospital's own file (site.toml).")],
+    patient: Annotated[str, typer.Argument(help="The patient's number at the hospital.")],
+    undo: Annotated[bool, typer.Option("--undo", help="The patient may be used again.")] = False,
+) -> None:
+    """Leave a patient who has withdrawn consent out of everything from now on.
+
+    The list keeps a keyed hash and not the number. What models have learned before stays in them.
+
+    Example: medfl-client exclude site.toml 778812
+    """
+    from medfl.client.data.withdrawn import change_list, list_path, load_withdrawn
+    from medfl.client.deid.keys import load_secret, secret_path
+    from medfl.common.site import load_site
+
+    own = load_site(site)
+    secret = load_secret(secret_path(own))
+    changed = change_list(list_path(own), secret, patient, withdrawn=not undo)
+    count = len(load_withdrawn(list_path(own)))
+    typer.echo(f"{'Done' if changed else 'Nothing to change'}; {count} patients are on the list.")
+
+
+@app.command()
+def lineage(
+    site: Annotated[Path, typer.Argument(help="The hospital's own file (site.toml).")],
+    patient: Annotated[str, typer.Argument(help="The patient's number at the hospital.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say which rounds of which studies were trained on a patient's data.
+
+    Example: medfl-client lineage site.toml 778812
+    """
+    from dataclasses import asdict
+
+    from medfl.client.data.candidates import hashed
+    from medfl.client.data.lineage import lineage_path, rounds_with
+    from medfl.client.deid.keys import cases_key, load_secret, secret_path
+    from medfl.common.site import load_site
+
+    own = load_site(site)
+    key = cases_key(load_secret(secret_path(own)))
+    used = rounds_with(lineage_path(own), hashed(key, "patient", patient.strip()))
+    if as_json:
+        typer.echo(json.dumps([asdict(u) for u in used], indent=2))
+    elif not used:
+        typer.echo("No round was trained on this patient's data.")
+    for u in () if as_json else used:
+        typer.echo(f"study {u.study} round {u.round} cohort {u.cohort} model {u.model}")
+
+
+@app.command()
+def deid(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with DICOM images.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the copies.")],
+    site: Annotated[
+        Path | None, typer.Option(help="site.toml, for its [deid] options and its key.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: counts, no names.")] = False,
+    look: Annotated[
+        bool, typer.Option("--look/--no-look", help="Warn of writing in the pictures.")
+    ] = True,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+) -> None:
+    """Write de-identified copies of images: PS3.15 Annex E, Basic Profile, with the site's options.
+
+    DIR is only read. Without --site the Basic Profile with shifted dates is applied, and the key of
+    the pseudonyms lies in the user's state folder. Text in the pictures is not removed: images that
+    may hold some are left out or named. Exit code 3: nothing could be passed on.
+
+    Example: medfl-client deid /archive/export /data/deidentified --site site.toml
+    """
+    cli.log_to_stderr(verbose)
+    from medfl.client.data.withdrawn import list_path, load_withdrawn
+    from medfl.client.deid.folder import deidentify_folder, describe
+    from medfl.client.deid.keys import load_secret, secret_path, user_secret_path
+    from medfl.common.site import Deid, load_site
+
+    own = load_site(site) if site is not None else None
+    options = own.deid if own is not None else Deid()
+    secret = load_secret(secret_path(own) if own is not None else user_secret_path())
+    withdrawn = load_withdrawn(list_path(own)) if own is not None else frozenset()
+    summary = deidentify_folder(source, out, options, secret, look=look, withdrawn=withdrawn)
+    if as_json:
+        typer.echo(json.dumps(summary.to_plain(), indent=2))
+    else:
+        typer.echo("\n".join(describe(summary)))
 
 
 def _as_csv(cohort: Cohort) -> str:

@@ -21,11 +21,13 @@ from medfl.client.data.cases import Cohort
 from medfl.client.encoding import case_set, local_statistics
 from medfl.client.evaluate import evaluate, rounded
 from medfl.client.ledger import Entry, Ledger
+from medfl.client.outgoing import outgoing
 from medfl.client.released import withheld
 from medfl.client.training.plan import TrainPlan
 from medfl.common import tensors
 from medfl.common.errors import PolicyRefused
 from medfl.common.messages import Instruction, Metrics, Part, Reply
+from medfl.common.packing import pack_exactly
 from medfl.common.records import columns
 from medfl.common.seeds import derive
 from medfl.common.site import Policy, SitePrivacy
@@ -191,8 +193,13 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
         steps=outcome.steps,
         loss=outcome.loss,
         metrics=metrics,
-        delta={n: a.astype(np.float32) for n, a in delta.items() if n not in stays},
-        control={n: a for n, a in control.items() if n not in stays},
+        delta=outgoing(
+            hospital.state,
+            asked.round,
+            {n: a.astype(np.float32) for n, a in delta.items() if n not in stays},
+            study.federation.updates,
+        ),
+        control=pack_exactly({n: a for n, a in control.items() if n not in stays}),
     )
     return _with_spent(hospital, reply)
 

@@ -7,6 +7,7 @@ MedflError (1)
 ├── BudgetSpent (4)        the privacy budget does not allow the next step
 ├── PolicyRefused (5)      the hospital's policy forbids what the study asks
 ├── FederationError (6)    too few sites answered, or their answers cannot be combined
+│   └── TooFewUpdates      one round has too few for its strategy; the round is void, not the run
 ├── StorageError (7)       the disk is full or a file of ours is damaged
 └── Interrupted (8)        a person stopped the run; what was done is kept
 
@@ -67,6 +68,10 @@ class FederationError(MedflError):
     """Too few sites answered, or their answers cannot be combined."""
 
     exit_code = 6
+
+
+class TooFewUpdates(FederationError):
+    """One round has fewer updates than its strategy can do with; the round is void."""
 
 
 class StorageError(MedflError):

@@ -80,6 +80,7 @@ class Reply:
     counts: cases by part. left_out: cases left out, by reason. statistics: plain form of
         `LocalStatistics`, in prepare only. refusal: why the hospital takes no part, "" else.
     delta: local minus global weights. control: change of the site's control variate (SCAFFOLD).
+        Both may travel packed (`medfl.common.packing`).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT

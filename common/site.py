@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -75,6 +76,27 @@ class Cache:
 
 
 @written
+class Deid:
+    """How images are de-identified: PS3.15 Annex E, Basic Profile, with these options.
+
+    retain_longitudinal: "shifted" moves all dates and times of a patient by the same amount, "full"
+        leaves them, "none" removes them. retain_device: serial numbers and station names.
+    retain_institution: the hospital's name and address. retain_patient_characteristics: age (90 and
+        more as 90), sex, size, weight and the like. clean_descriptors: the technical words of
+        descriptions. retain_safe_private: private attributes known to hold only a measure.
+    key: file of the secret behind the pseudonyms; None: beside the cache, made on first use.
+    """
+
+    retain_longitudinal: Literal["shifted", "full", "none"] = "shifted"
+    retain_device: bool = False
+    retain_institution: bool = False
+    retain_patient_characteristics: bool = False
+    clean_descriptors: bool = False
+    retain_safe_private: bool = False
+    key: Path | None = None
+
+
+@written
 class Site:
     """A hospital, as written in site.toml.
 
@@ -88,6 +110,7 @@ class Site:
     privacy: SitePrivacy | None = None
     cache: Cache = Cache()
     ledger: Path = Path("privacy-ledger")
+    deid: Deid = Deid()
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def faults(self) -> list[str]:
@@ -114,5 +137,6 @@ def load_site(path: Path) -> Site:
         privacy=site.privacy,
         cache=Cache(path=folder / site.cache.path, max_gb=site.cache.max_gb),
         ledger=folder / site.ledger,
+        deid=replace(site.deid, key=folder / site.deid.key) if site.deid.key else site.deid,
         device=site.device,
     )

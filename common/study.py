@@ -170,6 +170,13 @@ class Federation:
     min_sites: fewer answers than this, and the round is void.
     sites_per_round: so many are drawn each round; omitted, all take part.
     keep: which model is published: the last, or the best by `best_metric` on validation parts.
+    updates: numbers in which updates travel (`medfl.common.packing`), all packed without loss:
+        float32 as they are, float16 in half the bytes, int8 in a quarter, where each hospital
+        keeps what rounding took away and adds it to its next update. Under differential privacy
+        this is post-processing and changes no epsilon.
+    norm_limit: an update longer than so many times the median update of the round before is left
+        out. It is for what is out of all proportion: noise of differential privacy alone can make
+        an honest update tens of times longer than another hospital's.
     """
 
     rounds: Count
@@ -180,6 +187,8 @@ class Federation:
     sites_per_round: Count | None = None
     keep: Literal["last", "best"] = "last"
     best_metric: str | None = None
+    updates: Literal["float32", "float16", "int8"] = "float32"
+    norm_limit: Annotated[float, Field(gt=1)] = 100.0
 
 
 @written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -18,14 +19,24 @@ from medfl.common.errors import StorageError
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
 
+_PIECE = 2**14
+
 
 def l2_norm(tensors: Tensors) -> float:
     """Euclidean norm over all floating entries, accumulated in float64."""
-    return float(
-        np.sqrt(
-            sum(float(np.sum(np.square(a, dtype=np.float64))) for a in floats(tensors).values())
-        )
-    )
+    return math.sqrt(math.fsum(_square_sum(a) for a in floats(tensors).values()))
+
+
+def _square_sum(array: Array) -> float:
+    """In pieces that stay in the cache as float64, which is several times faster."""
+    flat = array.ravel()
+    pieces = (flat[i : i + _PIECE] for i in range(0, len(flat), _PIECE))
+    return math.fsum(float(np.square(piece, dtype=np.float64).sum()) for piece in pieces)
+
+
+def all_finite(tensors: Tensors) -> bool:
+    """Whether no entry is NaN or infinite."""
+    return all(bool(np.isfinite(a).all()) for a in tensors.values())
 
 
 def floats(tensors: Tensors) -> dict[str, Array]:

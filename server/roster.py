@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from medfl.common import statistics
@@ -12,8 +14,12 @@ from medfl.common.messages import Instruction, Reply
 from medfl.common.statistics import LocalStatistics, Shared
 from medfl.common.study import Study
 from medfl.server.records import named
+from medfl.strategies.admission import cleaned, is_case_count
 
 log = logging.getLogger(__name__)
+
+# As in site.toml; another text could name a file or a person.
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 # Site name -> address, in order of the names: sums must not depend on who came first.
 Roster = Mapping[str, str]
@@ -29,20 +35,31 @@ class Sites(Protocol):
         """Send each instruction to its address; yield the replies in the order asked."""
 
 
-def prepare(study: Study, sites: Sites, say: Instruction) -> tuple[Roster, Shared, dict[str, str]]:
-    """Who takes part, what they share, and who refused why."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Who takes part, with how many training cases, what they share, and who refused why."""
+
+    roster: Roster
+    cases: Mapping[str, int]
+    shared: Shared
+    refused: dict[str, str]
+
+
+def prepare(study: Study, sites: Sites, say: Instruction) -> Prepared:
+    """Ask all hospitals. Raises FederationError if fewer than federation.min_sites take part."""
     addresses = sites.names()
     found: dict[str, str] = {}
     parts: dict[str, LocalStatistics] = {}
+    cases: dict[str, int] = {}
     refused: dict[str, str] = {}
     for address, reply in zip(addresses, sites.ask((a, say) for a in addresses), strict=True):
-        part, why = _part_of(reply)
-        name = reply.site or address
+        part, why = _part_of(cleaned(reply, ()))
+        name = reply.site if _NAME.fullmatch(reply.site) else address
         if part is None or name in found:
             refused[name] = why or "two sites have this name"
             log.warning("site=%s takes no part: %s", name, refused[name])
         else:
-            found[name], parts[name] = address, part
+            found[name], parts[name], cases[name] = address, part, reply.n_cases
     if len(found) < max(1, study.federation.min_sites):
         raise FederationError(
             f"{len(found)} of {len(addresses)} sites can take part; the study needs "
@@ -51,12 +68,14 @@ def prepare(study: Study, sites: Sites, say: Instruction) -> tuple[Roster, Share
         )
     ordered = sorted(found)
     shared = statistics.merge(parts[n] for n in ordered)
-    return {n: found[n] for n in ordered}, shared, refused
+    return Prepared({n: found[n] for n in ordered}, cases, shared, refused)
 
 
 def _part_of(reply: Reply) -> tuple[LocalStatistics | None, str]:
     if reply.refusal:
         return None, reply.refusal
+    if not is_case_count(reply.n_cases):
+        return None, "case count out of range"
     try:
         return statistics.local_from_plain(reply.statistics), ""
     except (TypeError, KeyError, ValueError, AttributeError):

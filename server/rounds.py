@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from medfl.common import statistics, tensors
-from medfl.common.errors import FederationError
+from medfl.common.errors import FederationError, TooFewUpdates
 from medfl.common.messages import Instruction, Reply
+from medfl.common.metrics import default_metrics
 from medfl.common.models import build_model
 from medfl.common.models.weights import get_weights
 from medfl.common.records import columns
@@ -26,9 +27,10 @@ from medfl.common.study import Study
 from medfl.common.tensors import Array, Tensors
 from medfl.server.records import Best, RoundRecord, named, round_record, size
 from medfl.server.roster import Roster, Sites, ask, prepare
-from medfl.strategies.admission import fault_of
+from medfl.strategies.admission import cleaned, fault_of, opened
 from medfl.strategies.catalogue import WEIGHTINGS, strategy_for
 from medfl.strategies.home import home_names
+from medfl.strategies.proportion import OUT_OF_PROPORTION, Proportion, remember, remembered
 from medfl.strategies.strategy import Combined, ServerState, Strategy
 
 __all__ = ["Outcome", "RoundRecord", "Sites", "draw", "run_study"]
@@ -52,12 +54,16 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _Federation:
-    """What stays the same over all rounds. travels: parameters that sites send."""
+    """What stays the same over all rounds.
+
+    cases: training cases that each site announced. travels: parameters that sites send.
+    """
 
     study: Study
     strategy: Strategy
     sites: Sites
     roster: Roster
+    cases: Mapping[str, int]
     say: Instruction
     travels: frozenset[str]
 
@@ -90,11 +96,12 @@ def run_study(
     started = time.monotonic()
     strategy = strategy_for(study)
     say = Instruction(kind="prepare", study_digest=study.digest, run=run, seed=seed)
-    roster, shared, refused = prepare(study, sites, say)
+    found = prepare(study, sites, say)
+    shared, refused = found.shared, found.refused
     _refuse_unseen_choice(study, shared)
     say = replace(say, shared=statistics.statistics_to_plain(shared))
     model, travels = _start(study, strategy, shared, seed)
-    federation = _Federation(study, strategy, sites, roster, say, travels)
+    federation = _Federation(study, strategy, sites, found.roster, found.cases, say, travels)
     records = []
     for number in range(1, study.federation.rounds + 1):
         record, model = _round(federation, model, number)
@@ -175,19 +182,25 @@ def _round(federation: _Federation, model: _Model, number: int) -> tuple[RoundRe
         weights=model.weights,
         control=model.control,
     )
-    admitted = _Admitted(federation, {n: roster[n] for n in drawn}, asked)
-    combined = federation.strategy.combine(admitted, WEIGHTINGS[study.federation.weighting])
+    proportion = Proportion(remembered(model.state), study.federation.norm_limit)
+    admitted = _Admitted(federation, {n: roster[n] for n in drawn}, asked, proportion)
+    try:
+        combined = federation.strategy.combine(admitted, WEIGHTINGS[study.federation.weighting])
+    except TooFewUpdates as error:
+        log.warning("round=%d is void: %s", number, error)
+        combined = Combined({}, {}, 0)
     record = round_record(
         asked,
         admitted.replies,
         admitted.left_out,
         seconds=time.monotonic() - started,
-        void=len(admitted.replies) < study.federation.min_sites,
+        void=not combined.n_sites or len(admitted.replies) < study.federation.min_sites,
         bytes_up=admitted.bytes_up,
     )
     best = model.best.or_this(number - 1, record.metrics, model.weights)
     model = replace(model, best=best)
-    return record, model if record.void else _moved(federation, model, combined)
+    model = model if record.void else _moved(federation, model, combined)
+    return record, replace(model, state=remember(model.state, proportion.median))
 
 
 def _moved(federation: _Federation, model: _Model, combined: Combined) -> _Model:
@@ -204,23 +217,46 @@ def _moved(federation: _Federation, model: _Model, combined: Combined) -> _Model
 class _Admitted:
     """One round's sound updates, one at a time; afterwards, what is to be told of all of them."""
 
-    def __init__(self, federation: _Federation, roster: Roster, asked: Instruction) -> None:
+    def __init__(
+        self, federation: _Federation, roster: Roster, asked: Instruction, proportion: Proportion
+    ) -> None:
         self._federation, self._roster, self._asked = federation, roster, asked
+        self._proportion = proportion
         self.replies: list[Reply] = []
         self.left_out: dict[str, str] = {}
         self.bytes_up = 0
 
     def __iter__(self) -> Iterator[Reply]:
-        asked, travels = self._asked, self._federation.travels
-        for reply in ask(self._federation.sites, self._roster, asked):
+        for reply in self._proportion.admit(self._sound()):
+            self.replies.append(replace(reply, delta={}, control={}))
+            yield reply
+        for site in self._proportion.left_out:
+            self._leave_out(site, OUT_OF_PROPORTION)
+
+    def _sound(self) -> Iterator[Reply]:
+        asked, federation = self._asked, self._federation
+        for reply in _ask(federation, self._roster, asked):
             self.bytes_up += size(reply.delta) + size(reply.control)
-            fault = fault_of(reply, asked, travels)
+            kind = federation.study.federation.updates
+            update, fault = opened(reply, asked, federation.travels, kind)
             if fault is None:
-                self.replies.append(replace(reply, delta={}, control={}))
-                yield reply
+                announced = federation.cases[update.site]
+                fault = fault_of(update, asked, federation.travels, announced)
+            if fault is None:
+                yield update
             else:
-                self.left_out[reply.site] = fault
-                log.warning("round=%d site=%s left out: %s", asked.round, reply.site, fault)
+                self._leave_out(update.site, fault)
+
+    def _leave_out(self, site: str, why: str) -> None:
+        self.left_out[site] = why
+        log.warning("round=%d site=%s left out: %s", self._asked.round, site, why)
+
+
+def _ask(federation: _Federation, roster: Roster, asked: Instruction) -> Iterator[Reply]:
+    """Replies that say nothing but what was asked."""
+    task, evaluation = federation.study.task, federation.study.evaluation
+    names = frozenset(evaluation.metrics or default_metrics(task))
+    return (cleaned(reply, names) for reply in ask(federation.sites, roster, asked))
 
 
 def _judge_last(federation: _Federation, model: _Model) -> tuple[RoundRecord, _Model]:
@@ -229,7 +265,7 @@ def _judge_last(federation: _Federation, model: _Model) -> tuple[RoundRecord, _M
     asked = replace(
         federation.say, kind="finish", round=rounds, parts=("validation",), weights=model.weights
     )
-    replies = list(ask(federation.sites, federation.roster, asked))
+    replies = list(_ask(federation, federation.roster, asked))
     left_out = {r.site: r.refusal for r in replies if r.refusal}
     good = [r for r in replies if not r.refusal]
     record = round_record(asked, good, left_out, seconds=time.monotonic() - started)
@@ -266,7 +302,7 @@ def _finish(
         parts=("validation", "test"),
         weights=weights,
     )
-    replies = list(ask(federation.sites, federation.roster, asked))
+    replies = list(_ask(federation, federation.roster, asked))
     left_out = {r.site: r.refusal for r in replies if r.refusal}
     for site, why in left_out.items():
         log.warning("finish: site=%s left out: %s", site, why)

@@ -15,6 +15,17 @@ from medfl.strategies.optimisers import (
     momentum,
     yogi_moment,
 )
+from medfl.strategies.robust import (
+    Rule,
+    by_column,
+    clipped_to,
+    clipped_to_the_median,
+    column_median,
+    column_trimmed_mean,
+    geometric,
+    held_together,
+    nearest,
+)
 from medfl.strategies.strategy import Local, Strategy, Weighting
 
 
@@ -68,6 +79,69 @@ def local() -> Strategy:
     return Strategy(local=Local(keeps="everything"))
 
 
+def median() -> Strategy:
+    """Yin et al. 2018, Algorithm 1, option I: the median of each number; every site counts once."""
+    return _robust(by_column(column_median), 3, "median")
+
+
+def trimmed_mean(*, faulty: int = 1) -> Strategy:
+    """Yin et al. 2018, Algorithm 1, option II: of each number, the mean without the extremes.
+
+    faulty: values left out at either end, which is how many bad sites are stood.
+    """
+    _at_least("faulty", faulty, 0)
+    return _robust(by_column(column_trimmed_mean(faulty)), 2 * faulty + 1, "trimmed_mean")
+
+
+def krum(*, faulty: int = 1) -> Strategy:
+    """Blanchard et al. 2017, section 4: the one update that lies closest to most others.
+
+    faulty: bad sites to be stood; a round needs 2 faulty + 3 updates.
+    """
+    _at_least("faulty", faulty, 0)
+    return _robust(nearest(faulty, 1), 2 * faulty + 3, "krum")
+
+
+def multi_krum(*, faulty: int = 1, keep: int = 0) -> Strategy:
+    """Blanchard et al. 2017, section 5: the mean of the `keep` updates that krum likes best.
+
+    keep: 0 takes n - faulty - 2 of n updates, the number of neighbours that each is judged by.
+    """
+    _at_least("faulty", faulty, 0)
+    _at_least("keep", keep, 0)
+    return _robust(nearest(faulty, keep or None), 2 * faulty + 3, "multi_krum")
+
+
+def geometric_median(*, smoothing: float = 1e-6) -> Strategy:
+    """Pillutla et al. 2022 (RFA): the point with the least sum of distances to the updates.
+
+    Distances count by the federation's weighting: bad sites are stood below half of the weight.
+    """
+    if not smoothing > 0:
+        raise ConfigError("federation.options.smoothing: must be above 0; the paper has 1e-6")
+    return _robust(geometric(smoothing), 3, "geometric_median")
+
+
+def norm_clipping(*, bound: float = 0.0) -> Strategy:
+    """Sun et al. 2019, section 4.2: the mean of updates that are shortened to at most `bound`.
+
+    bound: L2 norm of an update; 0 takes the median norm of the round.
+    """
+    _at_least("bound", bound, 0)
+    if bound:
+        return Strategy(combine=clipped_to(bound))
+    return _robust(clipped_to_the_median, 3, "norm_clipping")
+
+
+def _robust(rule: Rule, fewest: int, name: str) -> Strategy:
+    return Strategy(combine=held_together(rule, fewest, name), fewest=fewest)
+
+
+def _at_least(option: str, value: float, least: int) -> None:
+    if not value >= least:
+        raise ConfigError(f"federation.options.{option}: must be at least {least} (it is {value})")
+
+
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedavg": fedavg,
     "fedprox": fedprox,
@@ -77,6 +151,12 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "fedyogi": fedyogi,
     "scaffold": scaffold,
     "fedbn": fedbn,
+    "median": median,
+    "trimmed_mean": trimmed_mean,
+    "krum": krum,
+    "multi_krum": multi_krum,
+    "geometric_median": geometric_median,
+    "norm_clipping": norm_clipping,
     "local": local,
 }
 
@@ -107,5 +187,10 @@ def strategy_for(study: Study) -> Strategy:
         raise ConfigError(
             "federation.strategy: scaffold corrects plain SGD steps; set training.optimiser to "
             '"sgd" and training.momentum to 0, or choose another strategy'
+        )
+    if federation.min_sites < strategy.fewest:
+        raise ConfigError(
+            f"federation.min_sites: {federation.strategy} as it is set needs {strategy.fewest} "
+            f"updates a round to stand a bad one; raise min_sites to {strategy.fewest}"
         )
     return strategy

@@ -96,8 +96,12 @@ def take_mean(
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """How updates become the next model, and what that asks of local training."""
+    """How updates become the next model, and what that asks of local training.
+
+    fewest: updates a round that `combine` can do with; a study's min_sites is at least that.
+    """
 
     combine: Combine = weighted_mean
     server_step: ServerStep = take_mean
     local: Local = Local()
+    fewest: int = 1

@@ -15,6 +15,8 @@ from medfl.client.data.cohort import Examined, examine
 from medfl.client.data.labels import missing_and_odd
 from medfl.client.data.preprocess import Facts
 from medfl.client.data.reasons import NOT_FAULTY, REASONS
+from medfl.client.data.withdrawn import withdrawn_among
+from medfl.client.deid.keys import cases_key, load_secret, secret_path
 from medfl.common.errors import DataError, PolicyRefused
 from medfl.common.site import Site
 from medfl.common.study import Study
@@ -111,8 +113,14 @@ def check(site: Site, study: Study) -> CheckResult:
 
 def check_with_cohort(site: Site, study: Study, *, n_jobs: int = 1) -> Checked:
     """`check`, with the cohort that was built for it."""
+    secret = load_secret(secret_path(site))
     examined = examine(
-        site.data, study, cache=site.cache, site_key=site.name.encode(), n_jobs=n_jobs
+        site.data,
+        study,
+        cache=site.cache,
+        site_key=cases_key(secret),
+        withdrawn=withdrawn_among(site, secret),
+        n_jobs=n_jobs,
     )
     policy = _policy_faults(site, study, examined.cohort)
     faults = (*examined.faults, *policy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -29,6 +29,8 @@ from medfl.common.errors import CaseError, DataError, StorageError
 from medfl.common.site import Cache
 from medfl.common.source import DataSource
 from medfl.common.study import Study
+
+Withdrawn = Callable[[CaseRef], bool]
 
 log = logging.getLogger(__name__)
 
@@ -73,18 +75,28 @@ def build_cohort(
     cache: Cache | None,
     only: Collection[str] | None = None,
     site_key: bytes = b"medfl-simulation",
+    withdrawn: Withdrawn | None = None,
     n_jobs: int = 1,
 ) -> Cohort:
     """List, load, check, quarantine and split a site's cases.
 
     only: case ids to keep (a simulated hospital's share). site_key: keys the hashes of case and
-    patient names. n_jobs: cases prepared at the same time.
+    patient names. withdrawn: says of a case whether its patient has withdrawn consent.
+    n_jobs: cases prepared at the same time.
 
     Raises:
         DataError: the data cannot serve the study; the message says why, in counts.
         StorageError: the cache cannot be written.
     """
-    examined = examine(source, study, cache=cache, only=only, site_key=site_key, n_jobs=n_jobs)
+    examined = examine(
+        source,
+        study,
+        cache=cache,
+        only=only,
+        site_key=site_key,
+        withdrawn=withdrawn,
+        n_jobs=n_jobs,
+    )
     if examined.faults:
         raise DataError("\n".join(examined.faults))
     for note in examined.notes:
@@ -99,6 +111,7 @@ def examine(
     cache: Cache | None,
     only: Collection[str] | None = None,
     site_key: bytes = b"medfl-simulation",
+    withdrawn: Withdrawn | None = None,
     n_jobs: int = 1,
 ) -> Examined:
     """`build_cohort` that collects what is wrong instead of stopping at it.
@@ -112,6 +125,8 @@ def examine(
             tuple(r for r in found.cases if r.case_id in wanted),
             tuple(q for q in found.quarantined if q.case_id in wanted),
         )
+    if withdrawn is not None:
+        found = _without(found, withdrawn)
     prints = load_fingerprints(cache.path) if cache is not None else Fingerprints()
     before = len(prints.known)
     candidates, faulty = choose(found, source, study, prints, site_key)
@@ -128,6 +143,18 @@ def examine(
     cohort, faults = _assembled(usable, stored, (*found.quarantined, *faulty), study, site_key)
     facts = tuple(f for _, f in usable)
     return Examined(cohort, found.cases, facts, tuple(faults), notes_on(cohort, study))
+
+
+def _without(found: Found, withdrawn: Withdrawn) -> Found:
+    """Before any picture is read, hashed or counted."""
+    out = [withdrawn(ref) for ref in found.cases]
+    kept = tuple(ref for ref, gone in zip(found.cases, out, strict=True) if not gone)
+    aside = [
+        Quarantined(ref.case_id, "withdrawn")
+        for ref, gone in zip(found.cases, out, strict=True)
+        if gone
+    ]
+    return Found(kept, (*found.quarantined, *aside))
 
 
 def _remember(cache: Cache, prints: Fingerprints) -> None:

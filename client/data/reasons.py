@@ -59,6 +59,8 @@ REASONS: dict[str, str] = {
     "split_unknown": "The split column holds neither train, validation nor test. Correct it.",
     "not_in_table": "The image is not listed in the table, so the study does not use it. Add a "
     "line if it should be used.",
+    "withdrawn": "The patient has withdrawn consent (`medfl-client exclude`). It is right that the "
+    "case is not used.",
     "not_dicom": "The file is not DICOM. If it should be, export it again from the archive.",
     "not_an_image": "The DICOM object holds no image (a report, a presentation state, an index). "
     "It is not used; nothing needs to be done.",
@@ -94,7 +96,7 @@ REASONS: dict[str, str] = {
 }
 
 # Left out without anything being wrong, so that they do not count as faulty data.
-NOT_FAULTY = frozenset({"incomplete_record", "not_in_table", "not_an_image"})
+NOT_FAULTY = frozenset({"incomplete_record", "not_in_table", "not_an_image", "withdrawn"})
 
 # The hospital must look before anything is trained, however few there are.
 BLOCKING = frozenset({"uid_conflict"})

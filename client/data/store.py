@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -234,7 +234,8 @@ def _write(folder: Path, outcomes: Iterable[Outcome]) -> None:
         files: tuple[BinaryIO, BinaryIO] = (inputs, masks)
         for outcome in outcomes:
             entry = _entry(outcome, seen)
-            entries.append(asdict(entry))
+            # A detail may quote a file name or a header, and those are not for the cache.
+            entries.append(asdict(replace(entry, detail="")))
             if isinstance(outcome, CaseError) or entry.reason:
                 continue
             for i, array in enumerate((outcome.image, outcome.mask)):

@@ -172,6 +172,7 @@ def _case(group: Sequence[Item], dimensions: int) -> CaseRef:
         "series_uid": header["series"],
         "instance_uid": header["instance"] if single else "",
         "accession": header["accession"],
+        "header_patient": header["patient"],
         "mosaic": "yes" if header["mosaic"] else "",
     }
     size = (*header["size"], len(group) * header["frames"])

@@ -26,7 +26,7 @@ _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 def image_header(dataset: Any, kind: str) -> dict[str, Any]:
     """What grouping needs of one image file. Raises CaseError for what no study may use."""
     modality = str(dataset.get("Modality", ""))
-    _check_burned_in(dataset, modality, kind)
+    check_burned_in(dataset, modality, kind)
     frames = int(dataset.get("NumberOfFrames") or 1)
     place = frame_places(dataset)[0]
     return {
@@ -44,7 +44,8 @@ def image_header(dataset: Any, kind: str) -> dict[str, Any]:
     }
 
 
-def _check_burned_in(dataset: Any, modality: str, kind: str) -> None:
+def check_burned_in(dataset: Any, modality: str, kind: str) -> None:
+    """Raises CaseError("burned_in" or "burned_in_unknown") where text may be in the picture."""
     burned = str(dataset.get("BurnedInAnnotation", "")).upper()
     if burned == "YES":
         raise CaseError("burned_in")

@@ -125,6 +125,24 @@ def segmentation(request: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.ui
     return _decoding(lambda: dicom_pixels.mask(mask, datasets, request))
 
 
+def deidentify(request: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+    """{"file", "options", "secret", "look"} -> the de-identified file's bytes and its new names.
+
+    options: of [deid]; secret: hex; look: also say whether text seems to be in the picture.
+    """
+    from medfl.client.deid.worker import deidentify_file
+
+    path = Path(request["file"])
+    dataset = open_checked(path)
+    kind = _sop_class(dataset)
+    if kind == _MEDIA_DIRECTORY or not _is_image(dataset):
+        raise CaseError("not_an_image", UID(kind).name)
+    if "Image Storage" not in UID(kind).name and kind not in _SEGMENTATIONS:
+        # A class of a vendor's own, or one that carries texts.
+        raise CaseError("not_an_image", "another class")
+    return _decoding(lambda: deidentify_file(path, kind, request))
+
+
 def _decoding(read: Callable[[], tuple[dict[str, Any], Any]]) -> tuple[dict[str, Any], Any]:
     try:
         return read()
@@ -138,6 +156,7 @@ _COMMANDS: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]] = {
     "headers": headers,
     "image": image,
     "segmentation": segmentation,
+    "deidentify": deidentify,
 }
 
 

@@ -69,7 +69,8 @@ def _by_windows(
 
     for image in cases.inputs:
         padded = pad_to(image, size)
-        inputs = torch.from_numpy(np.ascontiguousarray(padded)).to(device)
+        # A copy, because pictures from the cache are read-only, which torch warns of.
+        inputs = torch.from_numpy(np.array(padded)).to(device)
         with torch.no_grad():
             logits: Any = sliding_window_inference(
                 inputs[None], size, WINDOWS_AT_ONCE, model, overlap=OVERLAP, mode="gaussian"

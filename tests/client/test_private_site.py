@@ -15,6 +15,7 @@ import pytest
 from medfl.client import budget
 from medfl.client.cli import main
 from medfl.client.composition import spent
+from medfl.client.data.check import check_with_cohort
 from medfl.client.data.cohort import build_cohort
 from medfl.client.hospital import Hospital, answer
 from medfl.client.ledger import Ledger
@@ -23,7 +24,7 @@ from medfl.common.errors import BudgetSpent, FederationError, PolicyRefused
 from medfl.common.messages import Instruction, Reply, pack
 from medfl.common.models import build_model
 from medfl.common.models.weights import get_weights
-from medfl.common.site import Budget, SitePrivacy
+from medfl.common.site import Budget, SitePrivacy, load_site
 from medfl.common.source import DataSource
 from medfl.common.statistics import Shared, statistics_to_plain
 from medfl.common.study import Study
@@ -354,7 +355,7 @@ def test_the_budget_command_says_what_is_spent_and_what_a_study_would_cost(
     assert said["proposed"]["fits"]
 
     agreed = study_of()
-    cohort = build_cohort(source_of(tmp_path / "h", table()), agreed, cache=None)
+    cohort = check_with_cohort(load_site(site), agreed).cohort
     patients = [c.patient for c in cohort.cases if c.split == "train"]
     ledger = Ledger(tmp_path / "h" / "privacy-ledger")
     charge = budget.charge_for(agreed, "main", "training", 1, (3.0, 0.5, 6), "patient")

@@ -267,10 +267,10 @@ def test_the_promised_faults_of_xrays_are_there(folder: Path) -> None:
 
 REASONS = {
     ("segmentation", "st-marien"): {"dicom_truncated", "slice_gap"},
-    ("segmentation", "riverside"): {"duplicate", "not_dicom", "no_image", "slice_gap"},
+    ("segmentation", "riverside"): {"duplicate", "not_dicom", "slice_gap"},
     ("segmentation", "hopital-nord"): {"mask_geometry", "mask_missing", "not_dicom"},
-    ("classification", "st-marien"): {"dicom_truncated", "not_dicom", "no_image"},
-    ("classification", "riverside"): {"duplicate", "not_dicom", "no_image"},
+    ("classification", "st-marien"): {"dicom_truncated", "not_dicom"},
+    ("classification", "riverside"): {"duplicate", "not_dicom"},
     ("classification", "hopital-nord"): {"label_missing"},
 }
 USABLE = {

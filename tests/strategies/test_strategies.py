@@ -84,7 +84,8 @@ def test_integer_buffers_pass_through_every_server_step() -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_ignores_how_the_hospitals_are_called(name: str) -> None:
     strategy = STRATEGIES[name]()
-    updates = [update("a", -1.0, 2), update("b", 3.0, 5), update("c", 0.5, 1)]
+    said = {"a": (-1.0, 2), "b": (3.0, 5), "c": (0.5, 1), "d": (9.0, 3), "e": (0.0, 1)}
+    updates = [update(site, value, cases) for site, (value, cases) in said.items()]
     forward = strategy.combine(updates, WEIGHTINGS["cases"]).delta["w"]
     backward = strategy.combine(updates[::-1], WEIGHTINGS["cases"]).delta["w"]
     np.testing.assert_allclose(forward, backward, rtol=1e-6)
