@@ -1,33 +1,98 @@
-"""What privacy a hospital's training spends: how much noise, and what it has spent so far."""
+"""What privacy a hospital's work spends: how much noise, what may be spent, what was.
+
+The ledger counts per patient and over everything (`medfl.client.ledger`); here a study's own
+terms meet it: its epsilon per its own unit, the hospital's budget, and the noise that keeps both.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
+from medfl.client.composition import (
+    Charge,
+    Limit,
+    Step,
+    largest_epsilon,
+    most_steps,
+    spent,
+    with_step,
+)
+from medfl.client.ledger import Check, Entry, Ledger
 from medfl.client.training.plan import DpPlan
-from medfl.common import accounting, tensors
-from medfl.common.errors import BudgetSpent, PolicyRefused, StorageError
+from medfl.common import accounting
+from medfl.common.errors import BudgetSpent, PolicyRefused
+from medfl.common.messages import Part
 from medfl.common.site import SitePrivacy
 from medfl.common.study import Study
 
-# (noise multiplier, sampling rate, steps) of each round that was begun.
-History = tuple[tuple[float, float, int], ...]
+Purpose = Literal["training", "validation", "test"]
 
 
-def privacy_of(study: Study, site: SitePrivacy | None) -> SitePrivacy | None:
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Under which privacy this hospital works for one study.
+
+    epsilon, delta, clip, unit: of the training, the stricter of study and hospital.
+    metrics_epsilon: of the metrics on patients that are not trained on; None: none are released.
+    ever: the hospital's limit for everything; None: it wrote none.
+    n_units, n_cases: declared, not counted, outside of a simulation.
+    """
+
+    epsilon: float
+    delta: float
+    clip: float
+    unit: Literal["patient", "record"]
+    metrics_epsilon: float | None
+    ever: Limit | None
+    n_units: int | None
+    n_cases: int | None
+
+
+def terms_of(study: Study, site: SitePrivacy | None) -> Terms | None:
     """The stricter of what the study and the hospital ask for; None where neither asks."""
     asked = study.privacy
-    if asked is None:
-        return site
-    if site is None:
-        return SitePrivacy(epsilon=asked.epsilon, delta=asked.delta, clip=asked.clip)
-    return SitePrivacy(
-        epsilon=min(asked.epsilon, site.epsilon),
-        delta=min(asked.delta, site.delta),
-        clip=asked.clip,
+    if asked is None and site is None:
+        return None
+    both = [p for p in (asked, site) if p is not None]
+    unit = asked.unit if asked is not None else "patient"
+    patients = site.declared_patients if site is not None else None
+    cases = (site.declared_cases if site is not None else None) or patients
+    return Terms(
+        epsilon=min(p.epsilon for p in both),
+        delta=min(p.delta for p in both),
+        clip=both[0].clip,
+        unit=unit,
+        metrics_epsilon=asked.metrics_epsilon if asked is not None else None,
+        ever=Limit(site.budget.epsilon, site.budget.delta)
+        if site is not None and site.budget is not None
+        else None,
+        n_units=patients if unit == "patient" else cases,
+        n_cases=cases,
     )
+
+
+def counted(terms: Terms, patients: Sequence[str]) -> Terms:
+    """The terms with exact numbers where none were declared: only for a simulation."""
+    n_units = len(set(patients)) if terms.unit == "patient" else len(patients)
+    return replace(terms, n_units=terms.n_units or n_units, n_cases=terms.n_cases or len(patients))
+
+
+def refuse_undeclared(terms: Terms) -> None:
+    """Raises PolicyRefused: the hospital does not say how many patients it has."""
+    if terms.n_units is None:
+        name = "declared_patients" if terms.unit == "patient" else "declared_cases"
+        raise PolicyRefused(
+            f"privacy.{name} is missing in site.toml. Write about how many training "
+            f"{'patients' if terms.unit == 'patient' else 'cases'} this hospital has: the exact "
+            "number is private, and others learn the declared one."
+        )
+    if terms.delta * terms.n_units >= 1:
+        raise PolicyRefused(
+            f"delta {terms.delta:g} is not below one over the {terms.n_units} units of this "
+            "hospital. Agree a smaller privacy.delta."
+        )
 
 
 def refuse_unprotected(study: Study) -> None:
@@ -55,57 +120,128 @@ def _unprotected(study: Study) -> Iterator[str]:
         yield "training.class_weights (write them)"
 
 
-def dp_plan(study: Study, privacy: SitePrivacy, n_cases: int) -> tuple[DpPlan, int]:
-    """The plan of every round and its number of steps, such that all rounds keep the budget."""
+def dp_plan(study: Study, terms: Terms) -> tuple[DpPlan, int]:
+    """The plan of every round, with a fresh key, and its steps; all rounds keep `epsilon`."""
     from medfl.client.training.schedule import private_steps_in_round, sample_rate_for
 
-    rate = sample_rate_for(study, n_cases)
+    refuse_undeclared(terms)
+    n_units = terms.n_units or 1
+    rate = sample_rate_for(study, n_units)
     steps = private_steps_in_round(study, rate)
     noise = accounting.noise_multiplier_for(
-        privacy.epsilon, privacy.delta, rate, steps * study.federation.rounds
+        terms.epsilon, terms.delta, rate, steps * study.federation.rounds
     )
-    return DpPlan(noise_multiplier=noise, sample_rate=rate, clip=privacy.clip), steps
+    return DpPlan(noise, rate, terms.clip, unit=terms.unit, n_declared=n_units), steps
 
 
-def reserve(folder: Path, privacy: SitePrivacy, dp: DpPlan, steps: int) -> int:
-    """Charge one round before it begins; returns how many were begun before it.
+def metrics_noise(study: Study, terms: Terms) -> float:
+    """Noise of one release of metrics: each round's, the last model's, and the final one."""
+    if terms.metrics_epsilon is None:
+        raise PolicyRefused("The study states no privacy.metrics_epsilon; no metrics are released.")
+    releases = study.federation.rounds + 2
+    return accounting.noise_multiplier_for(terms.metrics_epsilon, terms.delta, 1.0, releases)
+
+
+def charge_for(
+    study: Study, run: str, purpose: Purpose, round_: int, step: Step, unit: str
+) -> Charge:
+    """One use as the ledger writes it."""
+    return Charge(
+        study=study.digest,
+        name=study.name,
+        run=run,
+        purpose=purpose,
+        round=round_,
+        noise_multiplier=step[0],
+        sample_rate=step[1],
+        steps=step[2],
+        unit="patient" if unit == "patient" else "record",
+    )
+
+
+def reserve(ledger: Ledger, terms: Terms, charge: Charge, patients: Sequence[str]) -> Entry:
+    """Write a use into the ledger before it begins.
 
     A round that is asked for again is charged again: its noise is new, and so is what it says.
 
     Raises:
-        BudgetSpent: the round would bring epsilon above what the hospital accepts.
-        StorageError: the charge cannot be written down.
+        BudgetSpent: it would exceed the study's epsilon or the hospital's budget.
+        StorageError: it cannot be written down.
     """
-    before = history(folder)
-    after = (*before, (dp.noise_multiplier, dp.sample_rate, steps))
-    epsilon = accounting.epsilon(after, privacy.delta)
-    if epsilon > privacy.epsilon:
-        raise BudgetSpent(
-            f"Another round would bring epsilon to {epsilon:.2f}; this site allows "
-            f"{privacy.epsilon:.2f} for this study. End the study, or agree a new limit."
-        )
-    tensors.write_atomic(_file(folder), json.dumps(after).encode())
-    return len(before)
+    return ledger.reserve(charge, patients, allowed(terms, charge))
 
 
-def spent(folder: Path, privacy: SitePrivacy) -> float:
-    """Epsilon of all rounds begun so far, at the delta of `privacy`."""
-    return accounting.epsilon(history(folder), privacy.delta)
+def whole_study(
+    study: Study, terms: Terms, run: str, patients: Callable[[Part], Sequence[str]]
+) -> list[tuple[Charge, Sequence[str]]]:
+    """Everything that a study will charge, as one use for each part of the patients."""
+    dp, steps = dp_plan(study, terms)
+    rounds = study.federation.rounds
+    training = (dp.noise_multiplier, dp.sample_rate, steps * rounds)
+    uses = [(charge_for(study, run, "training", 0, training, terms.unit), patients("train"))]
+    if terms.metrics_epsilon is not None:
+        noise = metrics_noise(study, terms)
+        releases_of: dict[Literal["validation", "test"], int] = {
+            "validation": rounds + 2,
+            "test": 1,
+        }
+        for part, releases in releases_of.items():
+            step = (noise, 1.0, releases)
+            charge = charge_for(study, run, part, 0, step, "patient")
+            uses.append((charge, patients(part)))
+    return [(charge, them) for charge, them in uses if them]
 
 
-def history(folder: Path) -> History:
-    """The rounds begun so far. Raises StorageError: what cannot be read is not "nothing"."""
-    file = _file(folder)
-    if not file.exists():
-        return ()
-    try:
-        return tuple((float(n), float(q), int(t)) for n, q, t in json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise StorageError(
-            f"{file}: what was spent cannot be read ({type(error).__name__}). Restore the file "
-            "from a backup; without it nobody knows how much privacy is left."
-        ) from None
+def refuse_too_much(
+    ledger: Ledger, terms: Terms, uses: Sequence[tuple[Charge, Sequence[str]]]
+) -> None:
+    """Raises BudgetSpent where a study would not fit the hospital's budget; nothing is written."""
+    if terms.ever is not None:
+        for charge, them in uses:
+            step, histories = ledger.step_of(charge, them), ledger.heaviest(them)
+            _refuse_beyond(terms.ever, histories, step, terms.delta)
 
 
-def _file(folder: Path) -> Path:
-    return folder / "privacy.json"
+def allowed(terms: Terms, charge: Charge) -> Check:
+    """The check of one use against the study's own epsilon and the hospital's budget."""
+
+    def check(histories: list[list[Step]], step: Step, before: tuple[Entry, ...]) -> None:
+        mine = [charge.step, *_steps_of(before, charge.study, charge.purpose)]
+        limit = terms.epsilon if charge.purpose == "training" else terms.metrics_epsilon or 0.0
+        total = accounting.epsilon(tuple(mine), terms.delta)
+        if total > limit:
+            raise BudgetSpent(
+                f"This use would bring epsilon of study {charge.name} to {total:.2f}; it may be "
+                f"{limit:.2f}. End the study, or agree a new limit."
+            )
+        if terms.ever is not None:
+            _refuse_beyond(terms.ever, histories, step, terms.delta)
+
+    return check
+
+
+def _refuse_beyond(limit: Limit, histories: list[list[Step]], step: Step, delta: float) -> None:
+    after = spent(with_step(histories, step), limit.delta)
+    if after <= limit.epsilon:
+        return
+    fits = most_steps(histories, step, limit)
+    most = largest_epsilon(histories, step, limit, delta)
+    other = f", or all {step[2]} of them with an epsilon of {most:.2f}" if most > 0 else ""
+    raise BudgetSpent(
+        f"This would bring what a patient has lost to epsilon {after:.2f} at delta "
+        f"{limit.delta:g}; privacy.budget of this site allows {limit.epsilon:.2f} ever, and "
+        f"{spent(histories, limit.delta):.2f} is spent or reserved. {fits} of its {step[2]} steps "
+        f"would fit{other}. Agree a smaller study; a larger budget is the hospital's decision."
+    )
+
+
+def study_epsilon(ledger: Ledger, study: Study, terms: Terms) -> float:
+    """Epsilon of all training for one study so far, per its unit, at the terms' delta."""
+    steps = _steps_of(ledger.entries(), study.digest, "training")
+    return accounting.epsilon(tuple(steps), terms.delta)
+
+
+def _steps_of(entries: Sequence[Entry], study: str, purpose: str) -> list[Step]:
+    return [
+        e.charge.step for e in entries if (e.charge.study, e.charge.purpose) == (study, purpose)
+    ]

@@ -98,6 +98,46 @@ def check(
 
 
 @app.command()
+def budget(
+    site: Annotated[Path, typer.Argument(help="The hospital's own file (site.toml).")],
+    study: Annotated[
+        Path | None, typer.Option(help="A study file, to say what it would cost.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Cases prepared at the same time.")] = 1,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+) -> None:
+    """Say what of the patients' privacy is spent, reserved and left, and what a study would cost.
+
+    Ends with code 4 where the study does not fit. Nothing is sent anywhere, nothing is spent.
+
+    Example: medfl-client budget site.toml --study study.toml
+    """
+    cli.log_to_stderr(verbose)
+    from medfl.client import statement
+    from medfl.common.errors import BudgetSpent
+    from medfl.common.site import load_site
+
+    own = load_site(site)
+    said, cost = statement.statement(own), None
+    if study is not None:
+        from medfl.client.data.check import check_with_cohort
+        from medfl.common.messages import PARTS
+        from medfl.common.study import load_study
+
+        agreed = load_study(study)
+        cohort = check_with_cohort(own, agreed, n_jobs=jobs).cohort
+        parts = {p: [cohort.cases[i].patient for i in cohort.positions(p)] for p in PARTS}
+        cost = statement.proposed(own, agreed, parts)
+    if as_json:
+        typer.echo(json.dumps({**said, "proposed": cost}, indent=2))
+    else:
+        typer.echo("\n".join(statement.describe(said, cost)))
+    if cost is not None and not cost["fits"]:
+        raise typer.Exit(BudgetSpent.exit_code)
+
+
+@app.command()
 def exclude(
     site: Annotated[Path, typer.Argument(help="The hospital's own file (site.toml).")],
     patient: Annotated[str, typer.Argument(help="The patient's number at the hospital.")],

@@ -8,8 +8,7 @@ finish   kept weights -> metrics; the scores of single cases stay in the hospita
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +16,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medfl.client import budget, home
+from medfl.client import budget, home, private_site
 from medfl.client.data.cases import Cohort
 from medfl.client.encoding import case_set, local_statistics
 from medfl.client.evaluate import evaluate, rounded
+from medfl.client.ledger import Entry, Ledger
 from medfl.client.outgoing import outgoing
+from medfl.client.released import withheld
 from medfl.client.training.plan import TrainPlan
 from medfl.common import tensors
 from medfl.common.errors import PolicyRefused
-from medfl.common.messages import PARTS, Instruction, Metrics, Part, Reply
+from medfl.common.messages import Instruction, Metrics, Part, Reply
 from medfl.common.packing import pack_exactly
 from medfl.common.records import columns
 from medfl.common.seeds import derive
@@ -50,8 +51,9 @@ class Hospital:
 
     load_cohort: reads the cohort (from the cache where there is one); called once.
     folder: where this site keeps its own state and results of one run; never sent anywhere.
-    secret: part of every seed here. Whoever knows the seeds can subtract the noise of differential
-        privacy, so a real hospital draws it at random; a simulation leaves it empty to be repeated.
+    simulated: of public or made-up data, and to be repeated: noise comes from the run's seed,
+        cases are counted, and the ledger begins with the run. Elsewhere noise has no seed.
+    ledger_folder: where a real hospital's ledger lies, the same for all studies.
     """
 
     name: str
@@ -61,7 +63,8 @@ class Hospital:
     policy: Policy = field(default_factory=Policy)
     privacy: SitePrivacy | None = None
     device: str = "cpu"
-    secret: str = ""
+    simulated: bool = False
+    ledger_folder: Path | None = None
 
     @cached_property
     def cohort(self) -> Cohort:
@@ -79,9 +82,19 @@ class Hospital:
         return self.folder / "state"
 
     @cached_property
-    def spends(self) -> SitePrivacy | None:
-        """The privacy that this site trains under, None without it."""
-        return budget.privacy_of(self.study, self.privacy)
+    def terms(self) -> budget.Terms | None:
+        """The privacy that this site works under, None without it."""
+        terms = budget.terms_of(self.study, self.privacy)
+        return budget.counted(terms, self.patients("train")) if terms and self.simulated else terms
+
+    @property
+    def ledger(self) -> Ledger:
+        """What was spent of patients' privacy."""
+        return Ledger(self.ledger_folder or self.state / "ledger")
+
+    def patients(self, part: Part) -> list[str]:
+        """The patient of each case of one part."""
+        return [self.cohort.cases[i].patient for i in self.cohort.positions(part)]
 
 
 def answer(hospital: Hospital, asked: Instruction) -> Reply:
@@ -99,7 +112,7 @@ def answer(hospital: Hospital, asked: Instruction) -> Reply:
         reply,
         round=asked.round,
         seconds=time.monotonic() - started,
-        cohort=hospital.cohort.digest,
+        cohort=hospital.cohort.digest if hospital.terms is None else "",
         metrics=rounded(reply.metrics, hospital.policy.round_metrics_to),
     )
 
@@ -117,7 +130,8 @@ def _refuse_forbidden(hospital: Hospital, asked: Instruction) -> None:
             f"policy.tasks of this site does not have {study.task.kind!r}. "
             "Add it if the hospital wants to take part."
         )
-    if hospital.spends is not None:
+    if hospital.terms is not None:
+        budget.refuse_undeclared(hospital.terms)
         budget.refuse_unprotected(study)
         if "train" in asked.parts:
             raise PolicyRefused(
@@ -132,8 +146,13 @@ def _refuse_forbidden(hospital: Hospital, asked: Instruction) -> None:
 
 
 def _prepare(hospital: Hospital, asked: Instruction) -> Reply:
-    private = hospital.spends is not None
-    statistics = local_statistics(hospital.study, hospital.cohort, private=private)
+    study, cohort, terms = hospital.study, hospital.cohort, hospital.terms
+    statistics = local_statistics(study, cohort, private=terms is not None)
+    if terms is not None:
+        uses = budget.whole_study(study, terms, asked.run, hospital.patients)
+        budget.refuse_too_much(hospital.ledger, terms, uses)
+        private_site.note_cohort(hospital)
+        statistics = replace(statistics, n_cases=terms.n_cases or 1)
     return replace(
         _described(hospital),
         n_cases=statistics.n_cases,
@@ -151,10 +170,12 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
     own_control = (
         home.load_control(hospital.state, asked.control) if hospital.local.control_variates else {}
     )
-    plan = _plan(hospital, asked, len(cases))
+    plan, entry = _plan(hospital, asked, cases.patients)
     plan = replace(plan, correction=_torch(tensors.subtract(asked.control, own_control)) or None)
     before = _weights(model)
     outcome = train(model, cases, study, shared, plan)
+    if entry is not None:
+        hospital.ledger.settle(entry)
     after = _weights(model)
     delta = tensors.subtract(after, before)
     control = home.control_change(
@@ -168,7 +189,7 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
         home.save_layers(hospital.state, asked.round, layers, asked.best_round)
     reply = Reply(
         site=hospital.name,
-        n_cases=len(cases),
+        n_cases=len(cases) if hospital.terms is None else hospital.terms.n_cases or 1,
         steps=outcome.steps,
         loss=outcome.loss,
         metrics=metrics,
@@ -198,39 +219,40 @@ _ANSWERS: Mapping[str, Callable[[Hospital, Instruction], Reply]] = {
 
 
 def _described(hospital: Hospital) -> Reply:
-    """How many cases there are, and how many were left out for which reason."""
-    cohort = hospital.cohort
-    return Reply(
-        site=hospital.name,
-        counts={part: len(cohort.positions(part)) for part in PARTS},
-        left_out=dict(Counter(case.reason for case in cohort.quarantined)),
+    """How many cases there are, and how many were left out for which reason; if that is open."""
+    reply = Reply(site=hospital.name)
+    return (
+        reply
+        if hospital.terms is not None
+        else replace(reply, **private_site.counted(hospital.cohort))
     )
 
 
 def _with_spent(hospital: Hospital, reply: Reply) -> Reply:
-    privacy = hospital.spends
-    if privacy is None:
+    terms = hospital.terms
+    if terms is None:
         return reply
-    return replace(reply, epsilon=budget.spent(hospital.state, privacy), target_delta=privacy.delta)
+    epsilon = budget.study_epsilon(hospital.ledger, hospital.study, terms)
+    return replace(reply, epsilon=epsilon, target_delta=terms.delta)
 
 
-def _plan(hospital: Hospital, asked: Instruction, n_cases: int) -> TrainPlan:
+def _plan(
+    hospital: Hospital, asked: Instruction, patients: Sequence[str]
+) -> tuple[TrainPlan, Entry | None]:
     """How this round trains here; with privacy, the round is charged now."""
-    study, privacy, mu = hospital.study, hospital.spends, hospital.local.proximal_mu
-    purpose: list[str | int] = ["site", hospital.name, hospital.secret, "round", asked.round]
-    dp = None
-    if privacy is not None and n_cases:
-        dp, steps = budget.dp_plan(study, privacy, n_cases)
-        # The same noise twice would cancel out in the difference of two answers.
-        purpose += ["begun", budget.reserve(hospital.state, privacy, dp, steps)]
-    return TrainPlan(
+    mu = hospital.local.proximal_mu
+    plan = TrainPlan(
         round=asked.round,
-        rounds=study.federation.rounds,
-        seed=derive(asked.seed, *purpose),
+        rounds=hospital.study.federation.rounds,
+        # The empty part keeps published results as they are, to the bit.
+        seed=derive(asked.seed, "site", hospital.name, "", "round", asked.round),
         device=hospital.device,
-        dp=dp,
         penalty=proximal(mu) if mu else None,
     )
+    if hospital.terms is None or not patients:
+        return plan, None
+    dp, entry = private_site.charged(hospital, hospital.terms, asked, patients)
+    return replace(plan, dp=dp), entry
 
 
 def proximal(mu: float) -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]:
@@ -248,17 +270,27 @@ def proximal(mu: float) -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]]
 def _evaluated(
     hospital: Hospital, asked: Instruction, model: nn.Module, shared: Shared
 ) -> dict[Part, Metrics]:
-    """Metrics of the parts asked for; the test part's cases also leave their scores here."""
-    return {
-        part: evaluate(
-            model,
-            case_set(hospital.study, shared, hospital.cohort, part),
-            hospital.study,
-            hospital.device,
-            keep=hospital.folder if part == "test" else None,
-        )
-        for part in asked.parts
-    }
+    """What leaves of the metrics asked for; the test part's cases also leave their scores here."""
+    return {part: _evaluated_part(hospital, asked, model, shared, part) for part in asked.parts}
+
+
+def _evaluated_part(
+    hospital: Hospital, asked: Instruction, model: nn.Module, shared: Shared, part: Part
+) -> Metrics:
+    summary, entry = private_site.told(hospital, asked, part)
+    if summary is withheld and part != "test":
+        return {}
+    metrics = evaluate(
+        model,
+        case_set(hospital.study, shared, hospital.cohort, part),
+        hospital.study,
+        hospital.device,
+        keep=hospital.folder if part == "test" else None,
+        summary=summary,
+    )
+    if entry is not None:
+        hospital.ledger.settle(entry)
+    return {} if summary is withheld else metrics
 
 
 def _received(hospital: Hospital, asked: Instruction, shared: Shared, round_: int) -> nn.Module:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from medfl.common import config
 from medfl.common.source import DataSource
@@ -30,17 +32,35 @@ class Policy:
 
 
 @written
+class Budget:
+    """The most privacy loss of a patient that this hospital accepts for everything ever.
+
+    All studies, runs, trials and restarts together, as the hospital's ledger counts them.
+    """
+
+    epsilon: Positive
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+
+
+@written
 class SitePrivacy:
-    """The most privacy loss that this hospital accepts for one study, per training record.
+    """The most privacy loss that this hospital accepts for one study, per the study's unit.
 
     epsilon, delta: differential privacy of the whole study (all rounds). A study that asks for
         none, or for a larger epsilon or delta, is trained under these.
-    clip: bound on the L2 norm of one record's gradient, used where the study states none.
+    clip: bound on the L2 norm of one unit's contribution, used where the study states none.
+    budget: for all studies together.
+    declared_patients, declared_cases: about how many training patients, and images or records,
+        this hospital has. They are what others learn instead of the exact numbers, which are as
+        private as the rest; cases omitted: as many as patients. Only a simulation counts itself.
     """
 
     epsilon: Positive
     delta: Positive = 1e-5
     clip: Positive = 1.0
+    budget: Budget | None = None
+    declared_patients: Count | None = None
+    declared_cases: Count | None = None
 
 
 @written
@@ -78,18 +98,31 @@ class Deid:
 
 @written
 class Site:
-    """A hospital, as written in site.toml."""
+    """A hospital, as written in site.toml.
+
+    ledger: folder of what was spent of patients' privacy, ever. It must outlive everything else
+    here: put it on a disk that is backed up, and never begin it anew.
+    """
 
     name: Name
     data: DataSource
     policy: Policy = Policy()
     privacy: SitePrivacy | None = None
     cache: Cache = Cache()
+    ledger: Path = Path("privacy-ledger")
     deid: Deid = Deid()
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def faults(self) -> list[str]:
         """Contradictions between keys, one line each."""
+        privacy = self.privacy
+        if privacy is None or privacy.declared_patients is None:
+            return []
+        if privacy.delta * privacy.declared_patients >= 1:
+            return [
+                "privacy.delta: must be below 1 / declared_patients; a larger one would allow to "
+                "publish one patient's record"
+            ]
         return []
 
 
@@ -103,6 +136,7 @@ def load_site(path: Path) -> Site:
         policy=site.policy,
         privacy=site.privacy,
         cache=Cache(path=folder / site.cache.path, max_gb=site.cache.max_gb),
+        ledger=folder / site.ledger,
         deid=replace(site.deid, key=folder / site.deid.key) if site.deid.key else site.deid,
         device=site.device,
     )

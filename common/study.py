@@ -196,16 +196,22 @@ class Privacy:
     """Differential privacy that every hospital trains under; a hospital may ask for more.
 
     epsilon, delta: for the whole study, all rounds together, per `unit`.
-    clip: bound on the L2 norm of one unit's gradient.
+    unit: patient = a patient with all of their records, however many; record = each record (image,
+        row) alone, which protects a patient with several of them less.
+    clip: bound on the L2 norm of one unit's contribution.
     sample_rate: chance of a unit to take part in a step; omitted, training.batch_size over the
-        hospital's training cases. A rate gives hospitals of every size the same noise.
+        units that the hospital declares. A rate gives hospitals of every size the same noise.
+    metrics_epsilon: what the metrics on validation and test patients may cost each of *those*
+        patients, all rounds together, at the same delta; they are released with noise. Omitted,
+        a private hospital reports no metrics.
     """
 
     epsilon: Positive
     delta: Positive
     clip: Positive = 1.0
     sample_rate: Annotated[float, Field(gt=0, le=1)] | None = None
-    unit: Literal["record"] = "record"
+    unit: Literal["patient", "record"] = "patient"
+    metrics_epsilon: Positive | None = None
 
 
 @written
@@ -429,8 +435,37 @@ def _federation_faults(study: Study) -> list[str]:
         faults.append('federation.best_metric: is missing; keep = "best" needs the metric to go by')
     if federation.sites_per_round is not None and federation.sites_per_round < federation.min_sites:
         faults.append("federation.sites_per_round: must be at least federation.min_sites")
-    if study.privacy is not None and study.privacy.delta >= 1:
+    return faults
+
+
+# Metrics that sums over patients with noise can give. The others need all cases in order.
+RELEASABLE = {
+    "segmentation": ("dice",),
+    "classification": ("accuracy", "balanced_accuracy", "recall", "specificity"),
+    "risk": ("accuracy", "balanced_accuracy", "recall", "specificity"),
+}
+
+
+def _privacy_faults(study: Study) -> list[str]:
+    privacy, federation, faults = study.privacy, study.federation, []
+    if privacy is None:
+        return []
+    if privacy.delta >= 1:
         faults.append("privacy.delta: must be below 1; use less than 1 / number of patients")
+    if federation.best_metric is not None:
+        fitting = RELEASABLE[study.task.kind]
+        if privacy.metrics_epsilon is None:
+            faults.append(
+                "federation.best_metric: no private hospital reports metrics; remove it and write "
+                'keep = "last", or state what metrics may cost as privacy.metrics_epsilon'
+            )
+        elif not federation.best_metric.startswith(fitting):
+            faults.append(
+                "federation.best_metric: cannot be released with noise; use one of "
+                f"{', '.join(fitting)}"
+            )
+    if privacy.metrics_epsilon is not None and study.task.multi_label:
+        faults.append("privacy.metrics_epsilon: is not for multi_label tasks yet; remove it")
     return faults
 
 
@@ -473,6 +508,7 @@ _CHECKS = (
     _input_faults,
     _training_faults,
     _federation_faults,
+    _privacy_faults,
     _evaluation_faults,
     _simulation_faults,
 )

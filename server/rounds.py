@@ -90,13 +90,15 @@ def run_study(
 
     Raises:
         ConfigError: the study names what the catalogues do not have.
-        FederationError: fewer sites than federation.min_sites take part, or no round had enough.
+        FederationError: fewer sites than federation.min_sites take part, no round had enough, or
+            the best round would be chosen by what private hospitals do not tell.
     """
     started = time.monotonic()
     strategy = strategy_for(study)
     say = Instruction(kind="prepare", study_digest=study.digest, run=run, seed=seed)
     found = prepare(study, sites, say)
     shared, refused = found.shared, found.refused
+    _refuse_unseen_choice(study, shared)
     say = replace(say, shared=statistics.statistics_to_plain(shared))
     model, travels = _start(study, strategy, shared, seed)
     federation = _Federation(study, strategy, sites, found.roster, found.cases, say, travels)
@@ -129,6 +131,16 @@ def run_study(
         seconds=time.monotonic() - started,
         refused=refused,
     )
+
+
+def _refuse_unseen_choice(study: Study, shared: Shared) -> None:
+    priced = study.privacy is not None and study.privacy.metrics_epsilon is not None
+    if study.federation.best_metric is not None and shared.private and not priced:
+        raise FederationError(
+            "federation.best_metric: a hospital trains under differential privacy and reports no "
+            'metrics. Remove it and write keep = "last", or write a [privacy] table that states '
+            "what metrics may cost (metrics_epsilon)."
+        )
 
 
 def draw(names: list[str], n: int | None, seed: int) -> list[str]:

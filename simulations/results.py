@@ -8,7 +8,7 @@ import platform
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -97,6 +97,7 @@ def write_results(
 ) -> dict[str, Any]:
     """Write models, study.toml's digest and result.json into the main run's folder; returns it."""
     main = runs[0]
+    outcomes = {run.name: _with_own_numbers(run, outcomes[run.name]) for run in runs}
     outcome, study = outcomes[main.name], main.study
     summaries = {run.name: summary(run, outcomes, main, seed) for run in runs}
     for run in runs:
@@ -127,6 +128,16 @@ def write_results(
     text = json.dumps(result, indent=2, allow_nan=False)
     tensors.write_atomic(main.folder / "result.json", text.encode())
     return result
+
+
+def _with_own_numbers(run: SimulatedRun, outcome: Outcome) -> Outcome:
+    """With what private sites keep from the coordinator: who simulates owns their data."""
+    final = []
+    for reply in outcome.final:
+        file = run.folder / "sites" / reply.site / "cohort.json"
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        final.append(replace(reply, **kept))
+    return replace(outcome, final=tuple(final))
 
 
 def summary(

@@ -73,6 +73,7 @@ class SimulatedRun:
                 load_cohort=lambda: pool(list(_usable(self.hospitals, self.study))),
                 folder=self.folder / "sites" / "pooled",
                 device=self.device,
+                simulated=True,
             )
         found = self.hospitals[node_id - 1]
         return Hospital(
@@ -83,6 +84,7 @@ class SimulatedRun:
             policy=found.policy,
             privacy=found.privacy,
             device=self.device,
+            simulated=True,
         )
 
 

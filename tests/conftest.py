@@ -92,6 +92,7 @@ def risk_hospital() -> Callable[..., Hospital]:
             records=tuple({"x": None if x is None else str(x)} for x in xs),
             digest=f"cohort of {name}",
         )
+        more = {"simulated": True, **more}
         return Hospital(name, study, lambda: cohort, folder / name, **more)
 
     return make

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from medfl.client.noise import fresh_key
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,20 +18,29 @@ if TYPE_CHECKING:
 class DpPlan:
     """Differential privacy of one round's steps.
 
-    noise_multiplier: sd of the noise over `clip`. sample_rate: probability that a record takes
-        part in a step. clip: bound on the L2 norm of one record's gradient.
+    noise_multiplier: sd of the noise over `clip`. sample_rate: probability that a unit takes
+        part in a step. clip: bound on the L2 norm of one unit's contribution.
+    unit: whom this protects: a patient with all records, or each record alone.
+    n_declared: units that the hospital says it has, for the expected batch; None: as many as
+        there are, which then counts as known to everybody.
+    key: 32 bytes that decide noise and sampling; whoever knows them sees through both, so they
+        are drawn afresh unless a simulation, which is to be repeated, hands them in.
     """
 
     noise_multiplier: float
     sample_rate: float
     clip: float
+    unit: Literal["patient", "record"] = "patient"
+    n_declared: int | None = None
+    key: bytes = field(default_factory=fresh_key, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class TrainPlan:
     """One round at one hospital.
 
-    round: from 1 to rounds. seed: decides shuffling, augmentation and dropout.
+    round: from 1 to rounds. seed: decides shuffling, augmentation and dropout, and
+        nothing that differential privacy rests on.
     penalty: (local, global) parameters by name -> scalar added to the loss (FedProx).
     correction: by parameter name, added to every gradient (SCAFFOLD: c - c_i).
     """

@@ -1,4 +1,4 @@
-"""DP-SGD (Abadi et al. 2016, algorithm 1): Poisson batches, clipped per-record gradients, noise.
+"""DP-SGD (Abadi et al. 2016, algorithm 1): Poisson batches of patients, clipped once each, noise.
 
 Per-record gradients come from torch.func (vmap over grad), which needs no hooks in the layers:
 it was measured faster than Opacus's GradSampleModule on every convolutional network of the
@@ -7,15 +7,15 @@ catalogue, and it works with residual blocks that add in place, where the hooks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from medfl.client.noise import Keystream
 from medfl.client.training.caseset import CaseSet
 from medfl.client.training.plan import DpPlan, TrainOutcome, TrainPlan
 from medfl.client.training.schedule import private_steps_in_round
@@ -27,15 +27,21 @@ from medfl.client.training.steps import (
     set_rate,
     trainable,
 )
+from medfl.client.training.units import (
+    Gradients,
+    Positions,
+    groups,
+    mean_by_unit,
+    poisson_batches,
+    units_of,
+)
 from medfl.common.errors import ConfigError
 from medfl.common.losses import build_loss
 from medfl.common.models.norms import has_batch_norm
-from medfl.common.seeds import derive
 from medfl.common.statistics import Shared
 from medfl.common.study import Study
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-Gradients = dict[str, Tensor]
 PerRecord = Callable[[Mapping[str, Tensor], Tensor, Tensor], Gradients]
 
 # Numbers held at once as per-record gradients: 1 GiB of float32.
@@ -48,7 +54,7 @@ def train_private(
     """One round of DP-SGD in place; every step counts, also one whose batch is empty.
 
     The proximal penalty and the correction are added to the noisy mean: they read weights alone,
-    so they cost no privacy. `clip_gradient` is ignored, because the records are clipped already,
+    so they cost no privacy. `clip_gradient` is ignored, because the units are clipped already,
     and precision is full. No loss is reported: it would be an answer about the data.
 
     Raises:
@@ -59,16 +65,19 @@ def train_private(
         raise ConfigError("train_private needs plan.dp; use train for both kinds")
     parameters = trainable(model)
     gradients_of = per_record_gradients(model, build_loss(study, shared))
-    fetch, normal = batch_source(cases, study, plan), noise_generator(plan)
+    fetch, normal = batch_source(cases, study, plan), noise_generator(dp)
+    units = units_of(cases, dp.unit)
+    expected_batch = dp.sample_rate * (dp.n_declared or len(units))
     start = {n: p.detach().clone() for n, p in parameters.items()}
     optimiser = make_optimiser(study.training, list(parameters.values()))
     steps, rates = private_steps_in_round(study, dp.sample_rate), 0.0
-    batches = poisson_batches(len(cases), dp.sample_rate, derive(plan.seed, "sampling"))
+    batches = poisson_batches(len(units), dp.sample_rate, dp.key)
     at_once = chunk_size(model, study.training.batch_size)
-    for step, positions in enumerate(islice(batches, steps)):
+    for step, drawn in enumerate(islice(batches, steps)):
         rates += set_rate(optimiser, study, plan, step, steps)
-        summed = _sum_over(positions, at_once, parameters, gradients_of, fetch, dp.clip)
-        mean = noisy_mean(summed, dp, dp.sample_rate * len(cases), normal)
+        batch = [units[int(i)] for i in drawn]
+        summed = sum_of_units(batch, at_once, parameters, gradients_of, fetch, dp.clip)
+        mean = noisy_mean(summed, dp, expected_batch, normal)
         for name, parameter in parameters.items():
             parameter.grad = mean[name]
         _add_penalty(parameters, start, plan)
@@ -99,9 +108,9 @@ def per_record_gradients(model: nn.Module, loss_of: Loss) -> PerRecord:
 
 
 def clipped_sum(gradients: Gradients, clip: float) -> Gradients:
-    """Σ over records of g · min(1, clip / ‖g‖), the norm over all parameters together.
+    """Σ over units of g · min(1, clip / ‖g‖), the norm over all parameters together.
 
-    A record whose gradient is not a number counts as zero: it must not escape the bound.
+    A unit whose gradient is not a number counts as zero: it must not escape the bound.
     """
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
     bad = ~torch.isfinite(norms)
@@ -117,31 +126,26 @@ def clipped_sum(gradients: Gradients, clip: float) -> Gradients:
 def noisy_mean(
     summed: Gradients, dp: DpPlan, expected_batch: float, normal: Callable[[Tensor], Tensor]
 ) -> Gradients:
-    """(Σ clipped + N(0, (σ·clip)²)) / expected batch size, which no record influences."""
-    sd = dp.noise_multiplier * dp.clip
-    return {name: (g + sd * normal(g)) / expected_batch for name, g in summed.items()}
+    """(Σ clipped + N(0, (σ·clip)²)) / expected batch size, which no unit influences.
 
-
-def noise_generator(plan: TrainPlan) -> Callable[[Tensor], Tensor]:
-    """The source of the noise: standard normal numbers, shaped and placed like the argument.
-
-    Reproducible from the plan's seed, as simulations need it. Whoever knows the seed can take
-    the noise off again, so a hospital's plan must carry a seed that it drew itself and told
-    nobody. This function is the only place to change for another source.
+    Added in float64 and rounded afterwards: the sum's last bits say nothing of the gradient.
     """
-    generator = torch.Generator().manual_seed(derive(plan.seed, "noise"))
+    sd = dp.noise_multiplier * dp.clip
+    return {
+        name: ((g.double() + sd * normal(g)) / expected_batch).to(g.dtype)
+        for name, g in summed.items()
+    }
+
+
+def noise_generator(dp: DpPlan) -> Callable[[Tensor], Tensor]:
+    """The only source of noise: standard normal float64, shaped and placed like the argument."""
+    stream = Keystream(dp.key, "noise")
 
     def normal(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+        numbers = torch.from_numpy(stream.normals(like.numel()))
+        return numbers.reshape(like.shape).to(like.device)
 
     return normal
-
-
-def poisson_batches(n_cases: int, sample_rate: float, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Endless batches in which every case takes part with `sample_rate`, on its own; maybe none."""
-    rng = np.random.default_rng(seed)
-    while True:
-        yield np.flatnonzero(rng.random(n_cases) < sample_rate)
 
 
 def chunk_size(model: nn.Module, batch_size: int) -> int:
@@ -150,22 +154,42 @@ def chunk_size(model: nn.Module, batch_size: int) -> int:
     return max(1, min(batch_size, MOST_NUMBERS // max(numbers, 1)))
 
 
-def _sum_over(
-    positions: NDArray[np.int64],
+def sum_of_units(
+    batch: Sequence[Positions],
     at_once: int,
     parameters: Mapping[str, nn.Parameter],
     gradients_of: PerRecord,
     fetch: Fetch,
     clip: float,
 ) -> Gradients:
-    """Sum of clipped gradients of one Poisson batch, a chunk of records at a time."""
+    """Sum of the units' clipped contributions to one Poisson batch, some records at a time."""
     values = {name: p.detach() for name, p in parameters.items()}
     summed = {name: torch.zeros_like(value) for name, value in values.items()}
-    for first in range(0, len(positions), at_once):
-        inputs, targets = fetch(positions[first : first + at_once])
-        for name, part in clipped_sum(gradients_of(values, inputs, targets), clip).items():
+    for group in groups(batch, at_once):
+        if len(group) == 1 and len(group[0]) > at_once:
+            mean = _mean_in_parts(group[0], at_once, values, gradients_of, fetch)
+        else:
+            gradients = gradients_of(values, *fetch(np.concatenate(group)))
+            mean = mean_by_unit(gradients, [len(unit) for unit in group])
+        for name, part in clipped_sum(mean, clip).items():
             summed[name] += part
     return summed
+
+
+def _mean_in_parts(
+    unit: Positions,
+    at_once: int,
+    values: Mapping[str, Tensor],
+    gradients_of: PerRecord,
+    fetch: Fetch,
+) -> Gradients:
+    """(1, *shape): the mean gradient of a unit with more records than are held at once."""
+    total = {name: torch.zeros_like(value)[None] for name, value in values.items()}
+    for first in range(0, len(unit), at_once):
+        part = gradients_of(values, *fetch(unit[first : first + at_once]))
+        for name, gradient in part.items():
+            total[name] += gradient.sum(dim=0, keepdim=True)
+    return {name: gradient / len(unit) for name, gradient in total.items()}
 
 
 def _add_penalty(

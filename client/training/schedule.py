@@ -39,11 +39,14 @@ def steps_in_round(study: Study, n_cases: int) -> int:
     return (training.local_epochs or 1) * math.ceil(n_cases / training.batch_size)
 
 
-def sample_rate_for(study: Study, n_cases: int) -> float:
-    """Poisson sampling rate q: the study's own, else one whose expected batch is its batch_size."""
+def sample_rate_for(study: Study, n_units: int) -> float:
+    """Poisson sampling rate q: the study's own, else one whose expected batch is its batch_size.
+
+    n_units: patients, or records where the study protects those.
+    """
     if study.privacy is not None and study.privacy.sample_rate is not None:
         return study.privacy.sample_rate
-    return min(1.0, study.training.batch_size / n_cases)
+    return min(1.0, study.training.batch_size / n_units)
 
 
 def private_steps_in_round(study: Study, sample_rate: float) -> int:

@@ -37,7 +37,7 @@ def card_context(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
         "weights": _weights(run),
         "epsilon": words.epsilon(max(private)) if private else None,
         "delta": words.small_number(max((s.delta or 0.0 for s in run.private_sites), default=None)),
-        "unit": run.study.privacy.unit if run.study.privacy else "record",
+        "unit": run.study.privacy.unit if run.study.privacy else "patient",
         "model_digest": str((run.facts.get("digests") or {}).get("model", words.NONE)),
     }  # fmt: skip
 

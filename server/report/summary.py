@@ -144,18 +144,18 @@ def privacy_words(run: Run) -> list[str]:
             "bounds how much the trained model may reveal about single training patients: "
             "treat the model's weights as confidential."
         ]
-    unit = run.study.privacy.unit if run.study.privacy else "record"
+    unit = run.study.privacy.unit if run.study.privacy else "patient"
     open_sites = len(run.federated.sites) - len(run.private_sites)
     parts = [
         f"ε bounds how much the trained model can depend on any one training {unit}: whoever "
         f"sees every model of this study can raise the odds of a right guess about whether a "
         f"given {unit} was trained on by at most a factor of e to the power of ε, except with "
         "probability δ. Smaller is stronger; an ε above about 10 promises little.",
-        f"The protected unit is one {unit}. A patient with several of them is protected less: "
+        "The protected unit is one patient with all images and records."
+        if unit == "patient"
+        else "The protected unit is one record. A patient with several of them is protected less: "
         "for k of them, ε is k times as large.",
-        "ε covers training only, and only training cases. The results in this report come from "
-        "validation and test cases without added noise; neither they, nor the numbers of cases, "
-        "nor a choice of round by validation are covered.",
+        _not_covered(run),
         "Each hospital's ε speaks for its own patients. A patient who is in the data of two "
         "hospitals bears the sum of both.",
     ]
@@ -165,6 +165,21 @@ def privacy_words(run: Run) -> list[str]:
             "patients have no such bound."
         )
     return parts
+
+
+def _not_covered(run: Run) -> str:
+    price = run.study.privacy.metrics_epsilon if run.study.privacy else None
+    told = (
+        "told the coordinator no metric and no count of cases"
+        if price is None
+        else f"told the coordinator metrics with noise, at ε {price:g} for each validation or test "
+        "patient, and no count of cases"
+    )
+    return (
+        f"ε covers training, and training patients. While it lasted, private hospitals {told}. The "
+        "results in this report are computed from their test cases without noise, by who may see "
+        "those; they are not covered."
+    )
 
 
 def limits(run: Run) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from medfl.client import budget, home
 from medfl.client.data.cases import Case, Cohort, Quarantined
 from medfl.client.flower import client_app
 from medfl.client.hospital import Hospital, answer, proximal
-from medfl.common.accounting import epsilon
 from medfl.common.errors import (
     BudgetSpent,
     CaseError,
@@ -349,19 +347,6 @@ def test_epsilon_grows_to_the_target_and_not_beyond(
         answer(here, asked(study, round=1))
 
 
-def test_what_was_spent_is_written_before_the_training(
-    risk_study: MakeStudy, risk_hospital: MakeHospital, tmp_path: Path
-) -> None:
-    study = risk_study(**PRIVATE)
-    here = risk_hospital(study, tmp_path)
-    assert here.spends is not None
-    plan, steps = budget.dp_plan(study, here.spends, 3)
-    assert budget.reserve(here.state, here.spends, plan, steps) == 0
-    ((noise, rate, charged),) = json.loads((here.state / "privacy.json").read_text())
-    assert (rate, charged) == (0.5, 2)
-    assert budget.spent(here.state, here.spends) == epsilon([(noise, 0.5, 2)], 1e-3)
-
-
 def test_a_round_asked_twice_has_other_noise(
     risk_study: MakeStudy, risk_hospital: MakeHospital, tmp_path: Path
 ) -> None:
@@ -377,9 +362,9 @@ def test_a_damaged_ledger_is_not_an_empty_one(
 ) -> None:
     study = risk_study(**PRIVATE)
     here = risk_hospital(study, tmp_path)
-    here.state.mkdir(parents=True)
-    (here.state / "privacy.json").write_text("[[1.0, 0.5")
-    with pytest.raises(StorageError, match="what was spent"):
+    answer(here, asked(study))
+    (here.state / "ledger" / "ledger.jsonl").write_text("[[1.0, 0.5")
+    with pytest.raises(StorageError, match="ledger"):
         answer(here, asked(study))
 
 
@@ -398,7 +383,7 @@ def test_the_stricter_epsilon_wins(
 ) -> None:
     tables = {} if study is None else {"privacy": {"epsilon": study, "delta": 1e-3}}
     made = risk_study(**tables)
-    privacy = budget.privacy_of(made, None if site is None else SitePrivacy(epsilon=site))
+    privacy = budget.terms_of(made, None if site is None else SitePrivacy(epsilon=site))
     assert (None if privacy is None else privacy.epsilon) == expected
     if study and site:
         assert privacy is not None

@@ -113,3 +113,29 @@ def test_a_site_is_a_frozen_value(tmp_path: Path) -> None:
     assert site == load_site(path)
     with pytest.raises(AttributeError):
         site.name = "other"  # type: ignore[misc]
+
+
+PRIVATE = """
+[privacy]
+epsilon = 2.0
+delta = 1e-4
+declared_patients = 400
+[privacy.budget]
+epsilon = 6.0
+"""
+
+
+def test_a_budget_for_everything_and_a_ledger_beside_the_file(tmp_path: Path) -> None:
+    path = written_site(tmp_path, TEXT + PRIVATE)
+    site = load_site(path)
+    assert site.ledger == path.parent / "privacy-ledger"
+    assert site.privacy is not None
+    assert site.privacy.budget is not None
+    assert (site.privacy.budget.epsilon, site.privacy.budget.delta) == (6.0, 1e-5)
+    assert load_site(path).privacy == site.privacy
+
+
+def test_a_delta_that_allows_to_publish_a_patient_is_refused(tmp_path: Path) -> None:
+    text = TEXT + PRIVATE.replace("400", "10000")
+    with pytest.raises(ConfigError, match="below 1 / declared_patients"):
+        load_site(written_site(tmp_path, text))

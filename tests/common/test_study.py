@@ -49,10 +49,11 @@ strategy = "fedprox"
 options = { mu = 1.0 }
 sites_per_round = 3
 keep = "best"
-best_metric = "auroc"
+best_metric = "accuracy"
 [privacy]
 epsilon = 8.0
 delta = 1e-5
+metrics_epsilon = 1.0
 [evaluation]
 folds = 5
 fold = 1
@@ -237,6 +238,27 @@ CONTRADICTIONS: list[tuple[Over, str]] = [
         "federation.sites_per_round: must be at least federation.min_sites",
     ),
     ({"privacy": {"epsilon": 1.0, "delta": 1.0}}, "privacy.delta: must be below 1; use less than"),
+    (
+        {
+            "privacy": {"epsilon": 1.0, "delta": 1e-5},
+            "federation": {"keep": "best", "best_metric": "accuracy"},
+        },
+        "federation.best_metric: no private hospital reports metrics",
+    ),
+    (
+        {
+            "privacy": {"epsilon": 1.0, "delta": 1e-5, "metrics_epsilon": 1.0},
+            "federation": {"keep": "best", "best_metric": "auroc"},
+        },
+        "federation.best_metric: cannot be released with noise",
+    ),
+    (
+        {
+            "privacy": {"epsilon": 1.0, "delta": 1e-5, "metrics_epsilon": 1.0},
+            "task": {"multi_label": True},
+        },
+        "privacy.metrics_epsilon: is not for multi_label tasks yet",
+    ),
     (
         {"evaluation": {"validation": 0.5, "test": 0.5}},
         "evaluation.validation, evaluation.test: leave no patients for training",

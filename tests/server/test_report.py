@@ -363,7 +363,7 @@ def test_privacy_is_stated_for_each_hospital_and_never_rounded_down(
     assert "3 of 4 hospitals trained under differential privacy, with ε of at most 3.28" in (
         report.page.text
     )
-    assert "ε covers training only" in report.page.text
+    assert "ε covers training, and training patients" in report.page.text
     assert "ε ≤ 3.28, δ ≤ 1e-05" in report.card
 
 

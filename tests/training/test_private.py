@@ -18,8 +18,8 @@ from medfl.client.training.private import (
     noise_generator,
     noisy_mean,
     per_record_gradients,
-    poisson_batches,
 )
+from medfl.client.training.units import poisson_batches
 from medfl.common import tensors
 from medfl.common.errors import ConfigError
 from medfl.common.losses import build_loss
@@ -28,7 +28,8 @@ from medfl.common.models.weights import get_weights
 from medfl.common.statistics import Shared
 
 PRIVATE = Shared(private=True)
-SILENT = DpPlan(noise_multiplier=0.0, sample_rate=1.0, clip=1.0)
+KEY = bytes(32)
+SILENT = DpPlan(noise_multiplier=0.0, sample_rate=1.0, clip=1.0, key=KEY)
 PLAN = TrainPlan(round=1, rounds=1, seed=3, dp=SILENT)
 
 
@@ -159,15 +160,49 @@ def test_noise_is_divided_by_the_expected_batch_not_by_the_drawn_one() -> None:
     assert float(ones["w"]) == pytest.approx((1 + 6) / 10)
 
 
+def test_a_declared_number_of_units_takes_the_place_of_the_counted_one(
+    make_study, make_cases
+) -> None:
+    study = make_study(features=2, learning_rate=0.1, batch_size=2)
+    cases = make_cases(np.array([[3, 4], [0.3, 0]], np.float32), np.array([1, 0]))
+    moved = []
+    for declared in (None, 2, 8):
+        model = build_model(study, PRIVATE, n_features=2, seed=0)
+        dp = replace(SILENT, n_declared=declared)
+        train(model, cases, study, PRIVATE, replace(PLAN, dp=dp))
+        moved.append(get_weights(model)["1.weight"])
+    np.testing.assert_array_equal(moved[0], moved[1])
+    np.testing.assert_allclose(moved[2], moved[1] / 4, rtol=1e-6)
+
+
 def test_steps_and_parameters_never_share_noise() -> None:
-    normal = noise_generator(PLAN)
+    normal = noise_generator(SILENT)
     first, second = normal(torch.zeros(1000)), normal(torch.zeros(1000))
     assert abs(float((first * second).mean())) < 0.15
-    assert torch.equal(noise_generator(PLAN)(torch.zeros(1000)), first)
+    assert torch.equal(noise_generator(SILENT)(torch.zeros(1000)), first)
+
+
+def test_two_runs_under_one_seed_have_different_noise_unless_a_key_is_handed_in(
+    make_study, make_cases
+) -> None:
+    study = make_study("cnn", batch_size=4)
+    cases = make_cases(study=study, n=8)
+
+    def digest(**key: bytes) -> str:
+        torch.manual_seed(0)
+        model = build_model(study, PRIVATE, seed=0)
+        # Everybody takes part, so that nothing but the noise differs.
+        dp = DpPlan(noise_multiplier=1.0, sample_rate=1.0, clip=1.0, **key)
+        train(model, cases, study, PRIVATE, replace(PLAN, dp=dp))
+        return tensors.digest(get_weights(model))
+
+    assert digest() != digest()
+    assert digest(key=KEY) == digest(key=KEY)
+    assert b"key" not in repr(DpPlan(1.0, 0.5, 1.0, key=KEY)).encode()
 
 
 def test_poisson_batches_take_each_case_on_its_own() -> None:
-    batches = list(islice(poisson_batches(50, 0.1, seed=0), 2000))
+    batches = list(islice(poisson_batches(50, 0.1, KEY), 2000))
     sizes = np.array([len(b) for b in batches])
     assert sizes.mean() == pytest.approx(5, rel=0.05)
     assert sizes.var() == pytest.approx(50 * 0.1 * 0.9, rel=0.15)
@@ -191,7 +226,7 @@ def test_penalty_and_correction_are_added_to_the_noisy_mean(make_study, make_cas
 def test_one_seed_gives_the_same_bits(make_study, make_cases) -> None:
     study = make_study("cnn", options={"dropout": 0.5}, batch_size=4, augment=[{"name": "affine"}])
     cases = make_cases(study=study, n=8)
-    dp = DpPlan(noise_multiplier=1.0, sample_rate=0.5, clip=1.0)
+    dp = DpPlan(noise_multiplier=1.0, sample_rate=0.5, clip=1.0, key=KEY)
 
     def digest(seed: int) -> str:
         model = build_model(study, PRIVATE, seed=0)

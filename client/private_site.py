@@ -1,0 +1,73 @@
+"""What a hospital does otherwise under privacy: it charges first, and says less."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from medfl.client import budget
+from medfl.client.data.cases import Cohort
+from medfl.client.ledger import Entry
+from medfl.client.noise import fresh_key, key_from
+from medfl.client.released import Summary, with_noise, withheld
+from medfl.client.training.plan import DpPlan
+from medfl.common import tensors
+from medfl.common.messages import PARTS, Instruction, Part
+from medfl.common.metrics import summarise
+
+if TYPE_CHECKING:
+    from medfl.client.hospital import Hospital
+
+
+def charged(
+    hospital: Hospital, terms: budget.Terms, asked: Instruction, patients: Sequence[str]
+) -> tuple[DpPlan, Entry]:
+    """The privacy of one round's steps, which is in the ledger when this returns.
+
+    Raises:
+        BudgetSpent: the round does not fit; nothing was touched.
+    """
+    study = hospital.study
+    dp, steps = budget.dp_plan(study, terms)
+    step = (dp.noise_multiplier, dp.sample_rate, steps)
+    charge = budget.charge_for(study, asked.run, "training", asked.round, step, terms.unit)
+    entry = budget.reserve(hospital.ledger, terms, charge, patients)
+    return replace(dp, key=_key(hospital, asked, entry)), entry
+
+
+def told(hospital: Hospital, asked: Instruction, part: Part) -> tuple[Summary, Entry | None]:
+    """What is said of one part's scores: all; under privacy nothing, or what is charged now."""
+    study, terms, patients = hospital.study, hospital.terms, hospital.patients(part)
+    if terms is None:
+        return summarise, None
+    if terms.metrics_epsilon is None or part == "train" or not patients:
+        return withheld, None
+    noise = budget.metrics_noise(study, terms)
+    charge = budget.charge_for(study, asked.run, part, asked.round, (noise, 1.0, 1), "patient")
+    entry = budget.reserve(hospital.ledger, terms, charge, patients)
+    return with_noise(noise, _key(hospital, asked, entry)), entry
+
+
+def _key(hospital: Hospital, asked: Instruction, entry: Entry) -> bytes:
+    """Of noise and sampling: fresh, or in a simulation from the seed, another for each use."""
+    if not hospital.simulated:
+        return fresh_key()
+    # The same noise twice would cancel out in the difference of two answers.
+    return key_from(asked.seed, "site", hospital.name, "use", entry.number)
+
+
+def counted(cohort: Cohort) -> dict[str, Any]:
+    """Cases by part, and cases left out by reason."""
+    return {
+        "counts": {part: len(cohort.positions(part)) for part in PARTS},
+        "left_out": dict(Counter(case.reason for case in cohort.quarantined)),
+    }
+
+
+def note_cohort(hospital: Hospital) -> None:
+    """For the hospital, and for a simulation's report: these exact numbers do not leave."""
+    facts = {**counted(hospital.cohort), "cohort": hospital.cohort.digest}
+    tensors.write_atomic(hospital.folder / "cohort.json", json.dumps(facts).encode())
