@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from medfl.client import consent
-from medfl.client.budget import privacy_of
 from medfl.client.consent import Refusal, allowed
 from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
 from medfl.common.errors import BudgetSpent, PolicyRefused
 from medfl.common.messages import Envelope, Instruction
-from medfl.common.private_files import private_folder, read_private, write_private
+from medfl.common.private_files import private_folder, write_private
 from medfl.common.receipts import Seal, asked_by, attach, content_of, seal
 from medfl.common.site import Site, load_site
 from medfl.common.study import Study
@@ -88,7 +86,6 @@ class Approved:
     def _hospital(self, site: Site, study: Study) -> Hospital:
         from medfl.client.data.own import own_cohort
 
-        private = privacy_of(study, site.privacy) is not None
         return Hospital(
             name=self.name,
             study=study,
@@ -97,8 +94,7 @@ class Approved:
             policy=site.policy,
             privacy=site.privacy,
             device=device_of(site),
-            # Without noise a known seed undoes nothing, and the same run can be repeated.
-            secret=_secret(self.home) if private else "",
+            ledger_folder=site.ledger,
         )
 
 
@@ -141,11 +137,3 @@ def device_of(site: Site) -> str:
     if site.device == "cuda" and not torch.cuda.is_available():
         raise PolicyRefused("device: site.toml asks for a GPU and none can be used.")
     return site.device
-
-
-def _secret(home: Home) -> str:
-    """Part of every seed under differential privacy; who knew it could subtract the noise."""
-    file = home.folder / "noise.key"
-    if not file.exists():
-        write_private(file, secrets.token_hex(32).encode())
-    return read_private(file).decode()

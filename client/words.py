@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from medfl.client.budget import terms_of
 from medfl.client.premises import Enrolment
 from medfl.common.coordination import Published
-from medfl.common.site import Site, SitePrivacy
+from medfl.common.site import Site
 from medfl.common.study import Study
 
 _TASKS = {
@@ -67,8 +68,17 @@ def _computed(study: Study) -> Iterator[str]:
 
 
 def _leaves(study: Study, site: Site | None) -> Iterator[str]:
-    decimals = "" if site is None else f", rounded to {site.policy.round_metrics_to} decimals"
     yield "What leaves this hospital:"
+    if terms_of(study, None if site is None else site.privacy) is None:
+        yield from _leaves_plain(study, site)
+    else:
+        yield "  each round: the noised change of the model's weights, the declared number of cases,"
+        yield "  and the privacy spent so far."
+    yield "What never leaves: images, records, file names, patients' names and numbers."
+
+
+def _leaves_plain(study: Study, site: Site | None) -> Iterator[str]:
+    decimals = "" if site is None else f", rounded to {site.policy.round_metrics_to} decimals"
     yield "  each round: the change of the model's weights, and how many cases trained it;"
     names = ", ".join(study.evaluation.metrics or ["the task's usual ones"])
     yield f"  each round and at the end: metrics over all cases of a part ({names}){decimals};"
@@ -77,7 +87,6 @@ def _leaves(study: Study, site: Site | None) -> Iterator[str]:
         yield "  sums over the training cases that the hospitals share for one normalisation."
     else:
         yield "  class counts; no sums over images or record fields."
-    yield "What never leaves: images, records, file names, patients' names and numbers."
 
 
 def _asks_statistics(study: Study) -> bool:
@@ -95,20 +104,16 @@ def _privacy(study: Study, site: Site | None) -> Iterator[str]:
         yield "Privacy: no differential privacy. The weights' changes may tell something about"
         yield "  single patients to the coordinator. To insist on it: [privacy] in site.toml."
         return
-    strict = _stricter(study, own)
+    terms = terms_of(study, own)
+    if terms is None:
+        return
     yield (
-        f"Privacy: differential privacy with epsilon {strict.epsilon:g}, delta {strict.delta:g} "
-        "for the whole study, per training record."
+        f"Privacy: differential privacy with epsilon {terms.epsilon:g}, delta {terms.delta:g} "
+        f"for the whole study, per training {terms.unit}."
     )
     if own is not None and (asked is None or own.epsilon < asked.epsilon):
         yield "  This is this hospital's own limit; the study asks for less protection or none."
-    yield "  It covers the trained model; metrics and counts are not covered by it."
-
-
-def _stricter(study: Study, own: SitePrivacy | None) -> SitePrivacy:
-    from medfl.client.budget import privacy_of
-
-    found = privacy_of(study, own)
-    if found is None:
-        raise ValueError("neither study nor site asks for privacy")
-    return found
+    if terms.metrics_epsilon is None:
+        yield "  No counts, losses or metrics of this hospital leave it."
+    else:
+        yield f"  Metrics leave with noise, for epsilon {terms.metrics_epsilon:g} of their patients."
