@@ -210,3 +210,40 @@ def test_a_site_that_has_waited_long_is_there_at_once(small) -> None:
     log = (world.folder / "data" / "north" / "client" / "supernode.log").read_text()
     assert "retrying" not in log
     assert world.sites["north"].node.child.starts == 1
+
+
+def test_the_engines_guard_reads_no_more_than_a_call_can_hold(monkeypatch) -> None:
+    import asyncio
+
+    from medfl.server import superlink
+
+    monkeypatch.setattr(superlink, "_MAX_BODY", 10)
+    seen: list[bytes] = []
+
+    async def app(scope, receive, send) -> None:
+        message = await receive()
+        assert not message["more_body"]
+        seen.append(message["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def call(pieces: list[bytes], key: str = "k") -> int:
+        messages = [{"type": "http.request", "body": p, "more_body": True} for p in pieces]
+        messages.append({"type": "http.request", "body": b"", "more_body": False})
+        status: list[int] = []
+
+        async def receive():
+            return messages.pop(0)
+
+        async def send(message) -> None:
+            if "status" in message:
+                status.append(message["status"])
+
+        scope = {"type": "http", "headers": [(b"x-medfl-key", key.encode())]}
+        asyncio.run(superlink.guarded(app, "k")(scope, receive, send))
+        return status[0]
+
+    assert call([b"abc", b"def"]) == 200
+    assert seen == [b"abcdef"]
+    assert call([b"abcdef", b"ghijkl"]) == 413
+    assert call([b"abc"], key="other") == 401
+    assert seen == [b"abcdef"]
