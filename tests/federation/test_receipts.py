@@ -14,11 +14,28 @@ import pytest
 
 from medfl.common.errors import PolicyRefused, StorageError
 from medfl.common.messages import Envelope
-from medfl.common.receipts import Seal, Seen, attach, check, content_of, detach, from_text, seal, to_text
+from medfl.common.receipts import (
+    Seal,
+    Seen,
+    attach,
+    check,
+    content_of,
+    detach,
+    from_text,
+    seal,
+    to_text,
+)
 from medfl.common.signing import new_key, public_of
 
 BARE = Seal(
-    study="s" * 64, run="main", kind="round", asked="a" * 64, round=3, attempt=0, site="a", content="c" * 64
+    study="s" * 64,
+    run="main",
+    kind="round",
+    asked="a" * 64,
+    round=3,
+    attempt=0,
+    site="a",
+    content="c" * 64,
 )
 
 
