@@ -45,11 +45,12 @@ class Approved:
         """
         digest = str(context.run_config["study"])
         self._refuse(digest, None)
-        if self._last is None or self._last[0] != digest:
+        hospital = self._kept(digest)
+        if hospital is None:
             site, study = load_site(self.site_file), consent.by_digest(self.home, digest)
-            self._last = digest, self._hospital(site, study)
-        hospital = self._last[1]
-        self._refuse(digest, hospital.cohort.digest)
+            hospital = self._hospital(site, study)
+            self._refuse(digest, hospital.cohort.digest)
+            self._last = digest, hospital
         begin_run(hospital, str(context.run_config.get("run", "")))
         return hospital
 
@@ -76,10 +77,17 @@ class Approved:
         )
         return attach(envelope, sealed)
 
+    def _kept(self, digest: str) -> Hospital | None:
+        """The hospital of the last message, if it is for this study and the cases approved now."""
+        if self._last is None or self._last[0] != digest:
+            return None
+        hospital = self._last[1]
+        answer = allowed(self.home, digest, hospital.cohort.digest)
+        return None if isinstance(answer, Refusal) else hospital
+
     def _refuse(self, digest: str, cohort: str | None) -> None:
         answer = allowed(self.home, digest, cohort)
         if isinstance(answer, Refusal):
-            self._last = None
             self.home.record("refused", study=digest[:64], why=answer.why)
             raise PolicyRefused(f"Nothing is run for this study: {answer.why}.")
 

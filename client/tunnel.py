@@ -8,13 +8,16 @@ meanwhile (RFC 2518, section 10.1), which keeps its request alive.
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -131,9 +134,36 @@ class _Server(ThreadingHTTPServer):
         self.forwarder = forwarder
         super().__init__(("127.0.0.1", 0), _Request)
 
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Only this user's own SuperNode may speak for the hospital; other local users may not."""
+        owner = owner_of(client_address, self.server_address)
+        if owner is not None and owner != os.geteuid():
+            log.warning("another user of this machine tried to use the tunnel")
+            return False
+        return True
+
     def handle_error(self, request: object, client_address: object) -> None:
         """A SuperNode that hung up is no news."""
         log.debug("a request of the SuperNode broke off", exc_info=True)
+
+
+def owner_of(peer: Any, own: Any) -> int | None:
+    """User id of the IPv4 loopback connection from `peer` to `own`; None where Linux cannot say."""
+
+    def written(address: Any) -> str:
+        # As /proc/net/tcp writes it: the address in the machine's byte order, in hex.
+        number = int.from_bytes(socket.inet_aton(address[0]), sys.byteorder)
+        return f"{number:08X}:{address[1]:04X}"
+
+    wanted = [written(peer), written(own)]
+    try:
+        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    except OSError:
+        return None
+    for fields in map(str.split, lines):
+        if fields[1:3] == wanted:
+            return int(fields[7])
+    return None
 
 
 class _Request(BaseHTTPRequestHandler):

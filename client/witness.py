@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from medfl.client.coordinator import Line
 from medfl.client.premises import Home
 from medfl.common import heads
-from medfl.common.audit import BadLine, Head, verify
+from medfl.common.audit import Head
 from medfl.common.coordination import HeadSeen, ShowHead
 from medfl.common.errors import FederationError
-from medfl.common.heads import Witness
+from medfl.common.heads import Checked, Witness
 from medfl.common.kept import load_record, save_record
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """bad: the first bad line or None. heads: so many are countersigned. doubtful: not believed."""
-
-    bad: BadLine | None
-    lines: int
-    heads: int
-    doubtful: int
 
 
 def exchange(home: Home, line: Line) -> None:
@@ -59,8 +47,7 @@ def check(home: Home) -> Checked:
     found, doubtful = heads.kept(
         home.witnesses, enrolment.site, {them: enrolment.coordinator_key}.get
     )
-    lines = sum(1 for _ in home.audit.lines())
-    return Checked(verify(home.audit.path, found), lines, len(found), doubtful)
+    return heads.checked(home.audit, found, doubtful)
 
 
 def _check(answer: HeadSeen, site: str, them: str, head: Head, public: str) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import ConfigDict, ValidationError
 
-from medfl.common.audit import Head
+from medfl.common.audit import AuditLog, BadLine, Head, verify
 from medfl.common.errors import StorageError
 from medfl.common.kept import decoded
 from medfl.common.signing import SigningKey, canonical, is_signed, sign
@@ -39,6 +39,22 @@ class Witness:
     hash: str
     at: int
     signature: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """bad: the first bad line or None. heads: so many are countersigned. doubtful: not believed."""
+
+    bad: BadLine | None
+    lines: int
+    heads: int
+    doubtful: int
+
+
+def checked(log: AuditLog, known: Mapping[int, str], doubtful: int) -> Checked:
+    """The chain against itself and the heads `known` from `kept`."""
+    lines = sum(1 for _ in log.lines())
+    return Checked(verify(log.path, known), lines, len(known), doubtful)
 
 
 def witness(key: SigningKey, of: str, by: str, head: Head, at: float) -> Witness:

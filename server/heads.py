@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from medfl.common import heads
-from medfl.common.audit import BadLine, Head, verify
+from medfl.common.audit import Head
 from medfl.common.coordination import HeadSeen, ShowHead
 from medfl.common.errors import PolicyRefused
-from medfl.common.heads import Witness
+from medfl.common.heads import Checked, Witness
 from medfl.common.kept import load_record, save_record
 from medfl.server.federation import Federation, SiteRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """bad: the first bad line or None. heads: so many are countersigned. doubtful: not believed."""
-
-    bad: BadLine | None
-    lines: int
-    heads: int
-    doubtful: int
 
 
 def exchange(federation: Federation, site: SiteRecord, shown: ShowHead) -> HeadSeen:
@@ -61,8 +50,7 @@ def check(federation: Federation) -> Checked:
         return None if record is None else record.signing_key
 
     found, doubtful = heads.kept(federation.witnesses, federation.title, key_of)
-    lines = sum(1 for _ in federation.audit.lines())
-    return Checked(verify(federation.audit.path, found), lines, len(found), doubtful)
+    return heads.checked(federation.audit, found, doubtful)
 
 
 def _refuse_rollback(federation: Federation, own: Witness) -> None:

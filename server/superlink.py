@@ -10,32 +10,70 @@ from __future__ import annotations
 import hmac
 import os
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from medfl.common.child import end_with_parent, first_line
 from medfl.common.tunnel import KEY_HEADER
 
-App = Callable[[dict[str, Any], Callable[..., Any], Callable[..., Any]], Awaitable[None]]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Scope]]
+Send = Callable[[Scope], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# The coordinator names all messages of a round in one call; objects are 5 MiB.
+_MAX_BODY = 64 * 1024 * 1024
 
 
 def guarded(app: App, key: str) -> App:
-    """The app, for callers who know the key; others get 401 before anything of theirs is read."""
+    """The app, for callers who know the key; others get 401 before anything of theirs is read.
+
+    A body is handed on in one piece: Flower passes each piece through eight layers.
+    """
     wanted = key.encode()
 
-    async def guard(
-        scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]
-    ) -> None:
-        if scope["type"] == "http":
-            given = dict(scope["headers"]).get(KEY_HEADER.encode(), b"")
-            if not hmac.compare_digest(given, wanted):
-                await send({"type": "http.response.start", "status": 401, "headers": []})
-                await send({"type": "http.response.body", "body": b""})
-                return
-        await app(scope, receive, send)
+    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(KEY_HEADER.encode(), b"")
+        if not hmac.compare_digest(given, wanted):
+            await _refuse(send, 401)
+            return
+        body = await _whole(receive)
+        if body is None:
+            await _refuse(send, 413)
+            return
+        pending = [body]
+
+        async def whole() -> Scope:
+            if pending:
+                return {"type": "http.request", "body": pending.pop(), "more_body": False}
+            return await receive()
+
+        await app(scope, whole, send)
 
     return guard
+
+
+async def _whole(receive: Receive) -> bytes | None:
+    """The request's body; None where it is larger than any call's."""
+    pieces, size = [], 0
+    while True:
+        message = await receive()
+        piece = message.get("body", b"")
+        size += len(piece)
+        if size > _MAX_BODY:
+            return None
+        pieces.append(piece)
+        if not message.get("more_body"):
+            return b"".join(pieces)
+
+
+async def _refuse(send: Send, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
 
 
 def serve(listener: socket.socket, database: Path, key: str) -> None:

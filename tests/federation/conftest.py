@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import numpy as np
@@ -17,6 +18,9 @@ import pytest
 
 from medfl.common import tunnel
 from medfl.common.study import Study, load_study
+
+if TYPE_CHECKING:
+    from medfl.server.engine import Engine
 
 STUDY = """
 name = "tiny"
@@ -161,9 +165,21 @@ class Small:
     folder: Path
     names: tuple[str, ...]
     study_file: Path
-    engine: object
+    engine: Engine
     gateway: str
     sites: dict[str, SiteProcesses]
+    server: grpc.Server
+
+    def restart_coordinator(self) -> None:
+        """End gateway and engine, and start them anew on the same folder and port."""
+        from medfl.server.engine import Engine
+
+        self.server.stop(grace=None).wait()
+        self.engine.stop()
+        time.sleep(1)
+        self.engine = Engine(self.folder / "coordinator")
+        self.engine.start()
+        self.server = serve(self.engine, len(self.names), int(self.gateway.rsplit(":", 1)[1]))[0]
 
     @property
     def study(self) -> Study:
@@ -172,6 +188,15 @@ class Small:
     def wait(self, n: int | None = None, timeout_s: float = 60.0) -> None:
         """Until n sites are connected."""
         until(lambda: len(self.engine.roster.sites()) >= (n or len(self.names)), timeout_s)
+
+
+def serve(engine: Engine, sites: int, port: int = 0) -> tuple[grpc.Server, int]:
+    """A gateway without TLS, and its port."""
+    server = grpc.server(ThreadPoolExecutor(4 + 2 * sites), options=tunnel.GRPC_OPTIONS)
+    server.add_generic_rpc_handlers([engine.handlers(site_of)])
+    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    server.start()
+    return server, bound
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
@@ -203,7 +228,6 @@ def write_hospitals(folder: Path, names: tuple[str, ...], n: int = 60) -> None:
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Small]]:
     """small(names, rounds=3): engine and sites, started; ended after the test."""
     made: list[Small] = []
-    servers: list[grpc.Server] = []
 
     def make(
         names: tuple[str, ...] = ("north", "south"),
@@ -223,14 +247,10 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         study_file.write_text(STUDY.format(rounds=rounds, min_sites=min_sites, hidden=hidden))
         engine = Engine(tmp_path / "coordinator")
         engine.start()
-        server = grpc.server(ThreadPoolExecutor(4 + 2 * len(names)), options=tunnel.GRPC_OPTIONS)
-        server.add_generic_rpc_handlers([engine.handlers(site_of)])
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        servers.append(server)
+        server, port = serve(engine, len(names))
         gateway = f"127.0.0.1:{port}"
         sites = {n: SiteProcesses(n, data / n, gateway, study_file) for n in names}
-        world = Small(tmp_path, names, study_file, engine, gateway, sites)
+        world = Small(tmp_path, names, study_file, engine, gateway, sites, server)
         made.append(world)
         for site in sites.values():
             site.start()
@@ -243,7 +263,6 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
             thread.start()
         for thread in threads:
             thread.join()
-    for server in servers:
-        server.stop(grace=1).wait()
     for world in made:
+        world.server.stop(grace=1).wait()
         world.engine.stop()

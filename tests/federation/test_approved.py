@@ -112,6 +112,17 @@ def test_data_that_changed_since_the_approval_are_not_trained_on(world: World) -
     world.find()
 
 
+def test_cases_that_were_approved_anew_are_read_anew(world: World) -> None:
+    world.approve()
+    before = world.find()
+    world.table.write_text(world.table.read_text() + "\np99,1.0,yes")
+    assert world.find() is before
+    world.approve()
+    after = world.find()
+    assert len(after.cohort.cases) == len(before.cohort.cases) + 1
+    assert world.find() is after
+
+
 def test_a_study_altered_on_the_hospitals_disk_is_refused(world: World) -> None:
     world.approve()
     file = world.finder.home.folder / "studies" / f"{world.study.digest}.json"

@@ -220,6 +220,16 @@ def test_a_token_holder_cannot_make_itself_a_site(federation: Federation, tmp_pa
             pass
 
 
+def test_a_guest_must_hold_the_token_and_not_only_know_of_it(federation: Federation) -> None:
+    token = authority.invite(federation, "a", 24)
+    issuer = invitation.anchor_name(invitation.identity_of(token))
+    other = certificates.new_tls_key()
+    wanted = Wanted("guest", START, DAY_S, use="client")
+    made = certificates.issue(wanted, other.public_key(), issuer, other)
+    with pytest.raises(PolicyRefused, match="not known here"):
+        authority.identify(federation, certificates.pem_of(made).encode())
+
+
 def test_a_certificate_of_the_same_authority_alone_says_nothing(
     federation: Federation, tmp_path: Path
 ) -> None:

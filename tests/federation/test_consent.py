@@ -155,6 +155,20 @@ def test_an_altered_study_is_refused_before_it_is_kept(world: World) -> None:
         study_text.opened(coordinator, wrong)
 
 
+def test_a_study_that_was_altered_on_the_way_is_not_kept(world: World) -> None:
+    right = studies.publish(world.federation, study())
+    altered = replace(right, study=right.study.replace("Find pneumonia", "Find names"))
+
+    class Forging(World):
+        def call(self, method: str, message: object, answer: type) -> object:
+            return Studies(START, (right, altered))
+
+    line = Forging(world.federation, world.home, world.clock)
+    with pytest.raises(PolicyRefused, match="is not signed"):
+        consent.fetch(world.home, line)  # type: ignore[arg-type]
+    assert world.home.published() == []
+
+
 def test_nothing_is_allowed_before_it_is_approved(world: World, known: Study) -> None:
     assert why(world, known.digest) == "the study is not approved here"
     assert why(world, "0" * 64) == "the study is not approved here"

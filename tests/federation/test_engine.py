@@ -210,3 +210,84 @@ def test_a_site_that_has_waited_long_is_there_at_once(small) -> None:
     log = (world.folder / "data" / "north" / "client" / "supernode.log").read_text()
     assert "retrying" not in log
     assert world.sites["north"].node.child.starts == 1
+
+
+def test_the_engines_guard_reads_no_more_than_a_call_can_hold(monkeypatch) -> None:
+    import asyncio
+
+    from medfl.server import superlink
+
+    monkeypatch.setattr(superlink, "_MAX_BODY", 10)
+    seen: list[bytes] = []
+
+    async def app(scope, receive, send) -> None:
+        message = await receive()
+        assert not message["more_body"]
+        seen.append(message["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def call(pieces: list[bytes], key: str = "k") -> int:
+        messages = [{"type": "http.request", "body": p, "more_body": True} for p in pieces]
+        messages.append({"type": "http.request", "body": b"", "more_body": False})
+        status: list[int] = []
+
+        async def receive():
+            return messages.pop(0)
+
+        async def send(message) -> None:
+            if "status" in message:
+                status.append(message["status"])
+
+        scope = {"type": "http", "headers": [(b"x-medfl-key", key.encode())]}
+        asyncio.run(superlink.guarded(app, "k")(scope, receive, send))
+        return status[0]
+
+    assert call([b"abc", b"def"]) == 200
+    assert seen == [b"abcdef"]
+    assert call([b"abcdef", b"ghijkl"]) == 413
+    assert call([b"abc"], key="other") == 401
+    assert seen == [b"abcdef"]
+
+
+@pytest.mark.slow
+def test_sites_outlive_a_restart_of_the_coordinator(small) -> None:
+    """The same node ids, and no SuperNode has to be started anew."""
+    world = small(rounds=1, min_sites=2)
+    world.wait()
+    before = {n: world.engine.roster.node_of(n) for n in world.names}
+    world.engine.run(world.study, seed=7, deadline_s=60)
+    world.restart_coordinator()
+    world.wait(timeout_s=40)
+    assert {n: world.engine.roster.node_of(n) for n in world.names} == before
+    outcome = world.engine.run(world.study, seed=7, deadline_s=60)
+    assert outcome.records[0].left_out == {}
+    assert [s.node.child.starts for s in world.sites.values()] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_client_that_was_cut_off_without_a_word_rejoins_by_itself(small, monkeypatch) -> None:
+    """Its certificate is still in use as far as the coordinator knows: it waits, and gets in."""
+    from dataclasses import replace
+
+    monkeypatch.setattr("medfl.server.tunnel._LIVE_S", 8.0)
+    world = small(names=("north",), rounds=1)
+    world.wait()
+    first = world.sites["north"]
+    kill(first.node.child.pid)
+    first.forwarder.stop()  # no goodbye
+    first.channel.close()
+    second = replace(first)
+    second.start()
+    try:
+        node = world.engine.roster.node_of("north")
+        until(lambda: second.forwarder.session == session_of(world, "north"), 40)
+        outcome = world.engine.run(world.study, seed=7, deadline_s=60)
+        assert outcome.records[0].left_out == {}
+        assert world.engine.roster.node_of("north") == node
+        assert second.node.child.starts == 1
+    finally:
+        second.stop()
+
+
+def session_of(world, site: str) -> str:
+    return world.engine._gate._guests[site].session

@@ -7,7 +7,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,18 +20,23 @@ from medfl.client import coordinator, enrolment, witness
 from medfl.client.coordinator import Line, connected
 from medfl.client.premises import Home
 from medfl.common import certificates, coordination, invitation
-from medfl.common.certificates import Wanted
+from medfl.common import heads as heads_of
+from medfl.common.audit import Head
+from medfl.common.certificates import TlsKey, Wanted
 from medfl.common.coordination import (
     AskStudies,
     Bye,
     Done,
     Enrol,
     Enrolled,
+    HeadSeen,
     Report,
+    ShowHead,
     Studies,
     Welcome,
 )
 from medfl.common.errors import ConfigError, FederationError, PolicyRefused
+from medfl.common.heads import Witness
 from medfl.common.invitation import Token
 from medfl.common.signing import public_of
 from medfl.server import authority, heads
@@ -131,6 +136,27 @@ def test_an_enrolment_whose_answer_was_lost_goes_on_with_the_same_keys(world: Wo
         lost.unlink()
     enrolment.enrol(home, world.address, token)
     assert home.identity_file.read_bytes() == identity
+
+
+def test_an_answer_that_is_not_what_was_asked_for_is_not_kept(world: World) -> None:
+    key, authority_key = certificates.new_tls_key(), world.federation.authority()[0]
+    own = world.federation.authority()[1]
+    issuer = certificates.common_name(own.subject)
+
+    def answered(name: str, of: TlsKey, by: TlsKey) -> Enrolled:
+        wanted = Wanted(name, world.clock(), DAY_S, use="client")
+        made = certificates.issue(wanted, of.public_key(), issuer, by)
+        return Enrolled(certificates.pem_of(made), "0" * 64, "Test", world.clock())
+
+    other = certificates.new_tls_key()
+    enrolment._sound(answered("a", key, authority_key), "a", own, key)
+    for wrong in (
+        answered("b", key, authority_key),
+        answered("a", other, authority_key),
+        answered("a", key, other),
+    ):
+        with pytest.raises(FederationError, match="not a certificate for this site's key"):
+            enrolment._sound(wrong, "a", own, key)
 
 
 def test_a_replayed_token_is_refused_over_the_wire(world: World) -> None:
@@ -462,6 +488,52 @@ def test_a_log_that_was_rolled_back_is_refused_by_the_other_side(world: World) -
         (world.federation.state / "heads" / "a.json").unlink()
         with pytest.raises(FederationError, match="coordinator's audit log had"):
             witness.exchange(home, line)
+
+
+@dataclass
+class Forging:
+    """A line that changes what the coordinator says of heads."""
+
+    line: Line
+    change: Callable[[HeadSeen], HeadSeen]
+
+    def call(self, method: str, message: object, answer: type) -> object:
+        return self.change(self.line.call(method, message, answer))
+
+
+def test_a_head_that_is_not_signed_by_the_pinned_key_is_not_kept(world: World) -> None:
+    home, other = world.joined("a"), world.joined("b")
+    mine = other.signing_key()
+
+    def resigned(seen: Witness) -> Witness:
+        return heads_of.witness(mine, seen.of, seen.by, Head(seen.n, seen.hash), seen.at)
+
+    with enrolment.line_to(home) as line:
+        for change in (
+            lambda answer: replace(answer, own=resigned(answer.own)),
+            lambda answer: replace(answer, seen=resigned(answer.seen)),
+            lambda answer: replace(answer, seen=replace(answer.seen, n=answer.seen.n + 1)),
+            lambda answer: replace(answer, own=answer.seen),
+        ):
+            with pytest.raises(FederationError, match="is not right"):
+                witness.exchange(home, Forging(line, change))  # type: ignore[arg-type]
+    assert not home.witnesses.exists()
+    # And the other way: a site that countersigns with another key, or for another's log.
+    record = world.federation.site("a")
+    assert record is not None
+    key, title = home.signing_key(), world.federation.title
+    head, now = home.audit.head(), world.clock()
+    own = heads_of.witness(key, "a", "a", head, now)
+    for seen in (
+        heads_of.witness(mine, title, "a", Head(1, "0" * 64), now),
+        heads_of.witness(key, "b", "a", Head(1, "0" * 64), now),
+        heads_of.witness(mine, title, "b", Head(1, "0" * 64), now),
+    ):
+        with pytest.raises(PolicyRefused, match="not this site's"):
+            heads.exchange(world.federation, record, ShowHead(own=own, seen=seen))
+    with pytest.raises(PolicyRefused, match="not signed by the key pinned"):
+        heads.exchange(world.federation, record, ShowHead(own=resigned(own)))
+    assert not world.federation.witnesses.exists()
 
 
 @pytest.mark.parametrize(

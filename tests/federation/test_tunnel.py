@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from flwr.proto.node_pb2 import Node
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medfl.client.tunnel import Forwarder
+from medfl.client.tunnel import Forwarder, owner_of
 from medfl.common import tunnel
 from medfl.common.errors import FederationError
 from medfl.common.tunnel import ALLOWED, Answer, Call, decode_answer, decode_call, encode
@@ -391,3 +392,20 @@ def test_a_pull_of_a_dead_supernode_takes_no_message_with_it(line, superlink, ga
     before = superlink.names().count("pull-messages")
     assert post(address, "pull-messages", pull().body) == one_message()
     assert superlink.names().count("pull-messages") == before + 1
+
+
+def test_another_user_of_the_machine_cannot_use_the_tunnel(line, superlink, monkeypatch) -> None:
+    _, _, address = line
+    assert post(address, "activate-node", activation())[0] == 200
+    monkeypatch.setattr("medfl.client.tunnel.os.geteuid", lambda: 12345)
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        post(address, "activate-node", activation())
+    assert superlink.names() == ["activate-node"]
+
+
+def test_the_owner_of_a_connection_is_known() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        own = server.getsockname()
+        with socket.create_connection(own) as client, server.accept()[0]:
+            assert owner_of(client.getsockname(), own) == os.geteuid()
+            assert owner_of(("127.0.0.1", 1), own) is None
