@@ -11,7 +11,7 @@ from medfl.client import consent
 from medfl.client.consent import Refusal, allowed
 from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
-from medfl.common.errors import BudgetSpent, PolicyRefused
+from medfl.common.errors import PolicyRefused
 from medfl.common.messages import Envelope, Instruction
 from medfl.common.private_files import private_folder, write_private
 from medfl.common.receipts import Seal, asked_by, attach, content_of, seal
@@ -116,20 +116,13 @@ def hospitals(argument: str) -> Approved:
 def begin_run(hospital: Hospital, run: str) -> None:
     """Where this is another run than the last of the study, drop what that one left.
 
-    Control variates and layers kept at home belong to a run; privacy that was spent does not.
-
-    Raises:
-        BudgetSpent: an earlier run has spent the privacy that this hospital gives the study.
+    Control variates and layers kept at home belong to a run; the privacy that was spent does not:
+    it stands in the hospital's ledger, which counts all runs of a study together.
     """
     file, state = hospital.folder / "run", hospital.state
     last = file.read_text(encoding="utf-8") if file.exists() else ""
     if run == last:
         return
-    if last and (state / "privacy.json").exists():
-        raise BudgetSpent(
-            "An earlier run of this study has spent its privacy budget here. A new study, agreed "
-            "upon anew, can have its own."
-        )
     for left in state.glob("*.safetensors"):
         left.unlink()
     private_folder(hospital.folder)

@@ -23,7 +23,7 @@ from medfl.client.trainer import frame
 from medfl.client.tunnel import Forwarder
 from medfl.common.bundle import study_bundle
 from medfl.common.child import Child, Launch
-from medfl.common.errors import FederationError, MedflError, PolicyRefused
+from medfl.common.errors import FederationError, MedflError, OtherCode, TrainerDied
 from medfl.common.messages import refusal
 
 log = logging.getLogger(__name__)
@@ -34,14 +34,6 @@ _SILENT_S = 80.0
 # Importing torch from a slow disk takes its time.
 _START_S = 180.0
 _LOG_BYTES = 10_000_000
-
-
-class TrainerDied(FederationError):
-    """The training process ended before it answered, or took too long."""
-
-
-class OtherCode(PolicyRefused):
-    """The coordinator sent code. This hospital runs only what it has installed."""
 
 
 class Trainer:

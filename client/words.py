@@ -72,7 +72,7 @@ def _leaves(study: Study, site: Site | None) -> Iterator[str]:
     if terms_of(study, None if site is None else site.privacy) is None:
         yield from _leaves_plain(study, site)
     else:
-        yield "  each round: the noised change of the model's weights, the declared number of cases,"
+        yield "  each round: the noised change of the weights, the declared number of cases,"
         yield "  and the privacy spent so far."
     yield "What never leaves: images, records, file names, patients' names and numbers."
 
@@ -116,4 +116,5 @@ def _privacy(study: Study, site: Site | None) -> Iterator[str]:
     if terms.metrics_epsilon is None:
         yield "  No counts, losses or metrics of this hospital leave it."
     else:
-        yield f"  Metrics leave with noise, for epsilon {terms.metrics_epsilon:g} of their patients."
+        spent = f"{terms.metrics_epsilon:g}"
+        yield f"  Metrics leave with noise, for epsilon {spent} of their patients."

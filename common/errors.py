@@ -6,7 +6,9 @@ MedflError (1)
 │   └── CaseError          one case cannot be used; it is quarantined, never fatal by itself
 ├── BudgetSpent (4)        the privacy budget does not allow the next step
 ├── PolicyRefused (5)      the hospital's policy forbids what the study asks
+│   └── OtherCode          the coordinator sent code with a study
 ├── FederationError (6)    too few sites answered, or their answers cannot be combined
+│   └── TrainerDied        a hospital's training process ended before it answered
 │   └── TooFewUpdates      one round has too few for its strategy; the round is void, not the run
 ├── StorageError (7)       the disk is full or a file of ours is damaged
 └── Interrupted (8)        a person stopped the run; what was done is kept
@@ -64,6 +66,10 @@ class PolicyRefused(MedflError):
     exit_code = 5
 
 
+class OtherCode(PolicyRefused):
+    """The coordinator sent code with a study; a hospital runs installed code only."""
+
+
 class FederationError(MedflError):
     """Too few sites answered, or their answers cannot be combined."""
 
@@ -72,6 +78,10 @@ class FederationError(MedflError):
 
 class TooFewUpdates(FederationError):
     """One round has fewer updates than its strategy can do with; the round is void."""
+
+
+class TrainerDied(FederationError):
+    """A hospital's training process ended before it answered; the next task gets a new one."""
 
 
 class StorageError(MedflError):

@@ -20,8 +20,10 @@ from medfl.common.errors import (
     ConfigError,
     DataError,
     FederationError,
+    OtherCode,
     PolicyRefused,
     StorageError,
+    TrainerDied,
 )
 from medfl.common.tensors import Tensors
 
@@ -113,6 +115,8 @@ _DECODERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in _
 
 # All that a coordinator learns of an error at a hospital. The first class that fits counts.
 _REFUSALS: dict[type[Exception], str] = {
+    OtherCode: "code came with the study",
+    TrainerDied: "training process ended",
     PolicyRefused: "not allowed by the hospital's policy",
     BudgetSpent: "privacy budget spent",
     DataError: "data cannot serve the study",

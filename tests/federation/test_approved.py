@@ -11,10 +11,10 @@ import pytest
 
 from medfl.client import approved, consent
 from medfl.client.approved import Approved
-from medfl.client.data.cohort import build_cohort
+from medfl.client.data.own import own_cohort
 from medfl.client.premises import Enrolment, Home
 from medfl.common import config, study_text
-from medfl.common.errors import BudgetSpent, PolicyRefused
+from medfl.common.errors import PolicyRefused
 from medfl.common.kept import save_record
 from medfl.common.messages import Instruction, Reply, pack
 from medfl.common.private_files import private_folder
@@ -48,7 +48,7 @@ class World:
 
     def approve(self) -> None:
         site = load_site(self.finder.site_file)
-        cohort = build_cohort(site.data, self.study, cache=site.cache, site_key=site.name.encode())
+        cohort = own_cohort(site, self.study)
         n = len(cohort.positions("train"))
         consent.approve(self.finder.home, self.study, cohort.digest, n, 30)
 
@@ -80,7 +80,8 @@ def test_an_approved_study_finds_its_hospital_under_the_enrolled_name(world: Wor
     hospital = world.find()
     assert hospital.name == "north"
     assert hospital.study == world.study
-    assert hospital.secret == ""
+    assert hospital.ledger_folder == load_site(world.finder.site_file).ledger
+    assert not hospital.simulated
     assert world.find() is hospital
 
 
@@ -154,25 +155,3 @@ def test_a_new_run_starts_without_what_the_last_one_left(world: World) -> None:
     assert (state / "control.safetensors").exists()
     world.finder(Context({"study": world.study.digest, "run": "second"}))
     assert not (state / "control.safetensors").exists()
-
-
-def test_privacy_that_a_run_has_spent_is_not_spent_again(world: World) -> None:
-    world.approve()
-    context = Context({"study": world.study.digest, "run": "first"})
-    state = world.finder(context).state
-    state.mkdir()
-    (state / "privacy.json").write_text("[[1.0, 0.1, 10]]")
-    world.finder(context)
-    with pytest.raises(BudgetSpent, match="earlier run"):
-        world.finder(Context({"study": world.study.digest, "run": "second"}))
-    assert (state / "privacy.json").exists()
-
-
-def test_under_differential_privacy_seeds_hold_a_secret_of_this_hospital(world: World) -> None:
-    text = world.finder.site_file.read_text() + "[privacy]\nepsilon = 3.0\n"
-    world.finder.site_file.write_text(text)
-    world.approve()
-    secret = world.find().secret
-    assert len(secret) == 64
-    again = Approved(world.finder.home, world.finder.site_file, "north")
-    assert again(Context({"study": world.study.digest})).secret == secret

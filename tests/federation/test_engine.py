@@ -93,7 +93,7 @@ def test_a_trainer_that_dies_costs_its_site_one_round(small) -> None:
 
     outcome = world.engine.run(world.study, seed=7, deadline_s=120, on_round=on_round)
     left_out = {r.round: r.left_out for r in outcome.records}
-    assert left_out[2] == {"south": "TrainerDied"}
+    assert left_out[2] == {"south": "training process ended"}
     assert left_out[1] == left_out[3] == {}
     assert outcome.records[1].seconds < 20
     assert south.trainer.pid not in before
@@ -109,7 +109,7 @@ def test_code_in_the_bundle_is_refused_and_never_opened(small, tmp_path) -> None
     with zipfile.ZipFile(buffer, "a") as archive:
         for name in ("nothing.py", "nothing/__init__.py", "sitecustomize.py", "setup.py"):
             archive.writestr(name, code + "here = None\n")
-    with pytest.raises(Exception, match=r"north \(OtherCode\)"):
+    with pytest.raises(Exception, match=r"north \(code came with the study\)"):
         world.engine.run(world.study, seed=7, deadline_s=60, bundle=buffer.getvalue())
     assert not canary.exists()
     assert list((world.folder / "data" / "north" / "client").rglob("nothing*")) == []
