@@ -142,7 +142,7 @@ def _one(federation: Federation, engine: Engine, run: Run, stopping: threading.E
             run=run.id,
             deadline_s=run.deadline_s,
             only=sites,
-            on_round=_note_rounds(federation, run, stopping),
+            on_round=_note_rounds(federation, run, study.federation.rounds, stopping),
             **_checks(federation, run),
         )
         _finish(federation, run, study, outcome)
@@ -198,13 +198,15 @@ def _refuse_stop(federation: Federation, run: Run, stopping: threading.Event) ->
 
 
 def _note_rounds(
-    federation: Federation, run: Run, stopping: threading.Event
+    federation: Federation, run: Run, rounds: int, stopping: threading.Event
 ) -> Callable[[RoundRecord, Tensors], None]:
     """What is kept of each round, and the place where a run can be stopped."""
 
     def note(record: RoundRecord, weights: Tensors) -> None:
         plain: dict[str, Any] = asdict(record)
         runs.add_round(federation, run.id, plain)
+        if record.round > rounds:
+            return  # the last model's validation: the training is over
         federation.record(
             "round void" if record.void else "round",
             run=run.id,

@@ -40,7 +40,9 @@ def alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    # A killed process whose threads are still ending shows as a zombie and cannot be waited for.
+    threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
+    return threads > 1 or Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
 
 
 def until(condition, timeout_s: float = 20.0) -> None:
