@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medfl import __version__
 from medfl.client.cli_defaults import defaults
 from medfl.client.cli_federation import add_federation_commands
 from medfl.common import cli
@@ -16,14 +15,7 @@ from medfl.common import cli
 if TYPE_CHECKING:
     from medfl.client.data.cases import Cohort
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    epilog=cli.EXIT_CODES,
-)
+app = cli.new_app()
 add_federation_commands(app)
 
 
@@ -32,18 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     return cli.run(app, argv, "medfl-client", defaults)
 
 
-def _say_version(value: bool) -> None:
-    if value:
-        typer.echo(f"medfl {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which.")
-    ] = False,
-) -> None:
+def _options(version: cli.Version = False) -> None:
     """Take part in studies without letting an image leave the hospital.
 
     Settings come from client.toml (in ~/.config/medfl or /etc/medfl, or where MEDFL_CLIENT_TOML

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import typer
 
+from medfl import __version__
 from medfl.common.errors import Interrupted, MedflError
 
 EXIT_CODES = (
@@ -17,6 +18,29 @@ EXIT_CODES = (
     "4 privacy budget spent; 5 refused by policy; 6 too few sites answered; 7 disk full or a "
     "damaged file; 8 stopped by a person."
 )
+
+
+def _say_version(value: bool) -> None:
+    if value:
+        typer.echo(f"medfl {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which.")
+]
+
+
+def new_app() -> typer.Typer:
+    """A command with sub-commands, as all of medfl's look and behave."""
+    return typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        epilog=EXIT_CODES,
+    )
 
 
 def run(

@@ -11,21 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medfl import __version__
 from medfl.common import cli
 from medfl.server.cli_runs import add_run_commands
 
 if TYPE_CHECKING:
     from medfl.server.federation import Federation
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    epilog=cli.EXIT_CODES,
-)
+app = cli.new_app()
 
 Folder = Annotated[
     Path,
@@ -40,18 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     return cli.run(app, argv, "medfl-server")
 
 
-def _say_version(value: bool) -> None:
-    if value:
-        typer.echo(f"medfl {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which.")
-    ] = False,
-) -> None:
+def _options(version: cli.Version = False) -> None:
     """Coordinate studies between hospitals that keep their data.
 
     Settings come from server.toml, then from MEDFL_SERVER_LISTEN and so on, then from flags.

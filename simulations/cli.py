@@ -11,21 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medfl import __version__
 from medfl.common import cli
 from medfl.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from medfl.common.study import Study
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    epilog=cli.EXIT_CODES,
-)
+app = cli.new_app()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,18 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     return cli.run(app, argv, "medfl-simulate")
 
 
-def _say_version(value: bool) -> None:
-    if value:
-        typer.echo(f"medfl {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which.")
-    ] = False,
-) -> None:
+def _options(version: cli.Version = False) -> None:
     """Train one study over many hospitals on this machine, and compare.
 
     Example: medfl-simulate run study.toml --data hospitals/ --out runs/first --compare local,pooled
