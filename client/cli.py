@@ -11,6 +11,7 @@ import typer
 from medfl.client.cli_defaults import defaults
 from medfl.client.cli_federation import add_federation_commands
 from medfl.common import cli
+from medfl.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from medfl.client.data.cases import Cohort
@@ -63,8 +64,11 @@ def check(
     from medfl.client.data.check import check_with_cohort, describe
     from medfl.common.site import load_site
     from medfl.common.study import load_study
+    from medfl.strategies.catalogue import study_faults
 
     agreed = load_study(study)
+    if faults := study_faults(agreed):
+        raise ConfigError([f"{study}: {fault}" for fault in faults])
     checked = check_with_cohort(load_site(site), agreed, n_jobs=jobs)
     if html is not None:
         from medfl.client.data.check_page import page

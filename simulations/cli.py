@@ -146,7 +146,10 @@ def simulate(
     from medfl.simulations.results import environment, storing, write_results
     from medfl.simulations.run import Machine, choose_device, plan_runs, run_all
     from medfl.simulations.sites import find_hospitals
+    from medfl.strategies.catalogue import study_faults
 
+    if faults := study_faults(study):
+        raise ConfigError([f"{study_file}: {fault}" for fault in faults])
     chosen = choose_device(device)
     machine = Machine(device=chosen) if workers is None else Machine(workers, chosen)
     sites = find_hospitals(study, data, cache or default_cache())

@@ -49,8 +49,9 @@ class LiveProgress:
         if self._console.is_terminal:
             self._progress.update(self._tasks[record.run], completed=done, note=text)
         else:
+            what = f"round {done}/{total}" if record.round <= total else "the last model"
             self._console.print(
-                f"{record.run}: round {done}/{total}, {record.seconds:.1f} s, {text}",
+                f"{record.run}: {what}, {record.seconds:.1f} s, {text}",
                 highlight=False,
                 soft_wrap=True,
             )

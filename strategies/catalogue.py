@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 
 from medfl.common.errors import ConfigError
+from medfl.common.metrics import known_metrics
+from medfl.common.models import model_faults
 from medfl.common.options import checked_options
 from medfl.common.study import Study
 from medfl.strategies.optimisers import (
@@ -194,3 +196,21 @@ def strategy_for(study: Study) -> Strategy:
             f"updates a round to stand a bad one; raise min_sites to {strategy.fewest}"
         )
     return strategy
+
+
+def study_faults(study: Study) -> list[str]:
+    """Names in the study that no catalogue has, one line each; what types alone cannot see."""
+    faults = model_faults(study)
+    try:
+        strategy_for(study)
+    except ConfigError as error:
+        faults += error.faults
+    known = known_metrics(study.task)
+    asked = {f"evaluation.metrics.{i}": n for i, n in enumerate(study.evaluation.metrics or [])}
+    if study.federation.best_metric is not None:
+        asked["federation.best_metric"] = study.federation.best_metric
+    return faults + [
+        f"{key}: a {study.task.kind} has no metric {name!r}; use one of {', '.join(known)}"
+        for key, name in asked.items()
+        if name not in known
+    ]

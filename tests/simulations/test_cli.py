@@ -309,3 +309,14 @@ path = "tiny.npz"
     assert "Traceback" not in err
     left = {p.name for p in (tmp_path / "cache").iterdir()}
     assert left <= {"fingerprints.json"}
+
+
+def test_names_that_no_catalogue_has_are_all_told_at_once(
+    write_study: Write, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = write_study(strategy="fedavgg", federation='best_metric = "dise"')
+    study.write_text(study.read_text().replace('"logistic"', '"logistik"'))
+    assert main(["run", str(study), "--data", str(data), "--out", str(tmp_path / "o")]) == 2
+    told = capsys.readouterr().err
+    for key in ("model.name", "federation.strategy", "federation.best_metric"):
+        assert f"{study}: {key}: " in told
