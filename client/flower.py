@@ -73,10 +73,9 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
             received = from_record(message.content)
             asked = unpack_instruction(received)
             round_ = asked.round
-            context.run_config["run"] = asked.run
             if seal is not None:
                 sealed = partial(seal, received.about, asked)
-            hospital = find_hospital(context)
+            hospital = find_hospital(_of_run(context, asked.run))
             site = hospital.name
             content = to_record(sealed(pack(answer(hospital, asked))))
         except Exception as error:  # noqa: BLE001
@@ -88,6 +87,12 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
     app.train("round")(handle)
     app.evaluate("finish")(handle)
     return app
+
+
+def _of_run(context: Context, run: str) -> Context:
+    """The context with the run's name; Flower's own engine wants its contexts back unchanged."""
+    about = {**context.run_config, "run": run}
+    return Context(context.run_id, context.node_id, context.node_config, context.state, about)
 
 
 def _as_it_is(envelope: Envelope) -> Envelope:

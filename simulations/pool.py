@@ -95,13 +95,18 @@ class Pool:
 
     def _drain(self) -> None:
         """Nobody may wait for ever for what nobody will do."""
+        farewells = 0
         while True:
             try:
                 item = self._tasks.get_nowait()
             except queue.Empty:
-                return
-            if item is not None and item[1].set_running_or_notify_cancel():
+                break
+            if item is None:
+                farewells += 1
+            elif item[1].set_running_or_notify_cancel():
                 item[1].set_exception(PoolClosed("the simulation has ended"))
+        for _ in range(farewells):
+            self._tasks.put(None)  # meant for the threads, which end by them
 
     def _fork(self) -> _Worker:
         with self._forking:

@@ -217,7 +217,7 @@ def test_ctrl_c_ends_soon_and_keeps_what_was_done(
     else:
         os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert time.monotonic() - before < 10
+    assert time.monotonic() - before < 20  # about 1 s where nothing else runs
     assert process.returncode == 8, err
     assert "Stopped. The rounds that were finished are in" in err
     assert "Traceback" not in err

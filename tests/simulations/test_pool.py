@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -196,3 +197,14 @@ def test_workers_end_when_their_parent_is_killed() -> None:
     assert parent.stderr.read() == ""  # the busy one ended quietly, too
     parent.stdout.close()
     parent.stderr.close()
+
+
+def test_tasks_that_come_while_a_pool_closes_do_not_keep_its_threads() -> None:
+    pool = Pool(lambda task: task, workers=2)
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    refused = 0
+    while closing.is_alive():
+        refused += isinstance(pool.submit(b"x").exception(timeout=10), PoolClosed)
+    assert refused
+    assert [t.name for t in threading.enumerate() if t.name.startswith("pool-")] == []
