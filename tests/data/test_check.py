@@ -182,7 +182,7 @@ def test_records_are_counted_by_field(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "study.toml").write_text(
         'name = "r"\n[task]\nkind = "risk"\nclasses = ["no", "yes"]\n'
         '[record]\n[[record.features]]\nname = "age"\nrange = [0, 120]\n'
-        '[model]\nname = "any"\n[training]\nlocal_steps = 1\n[federation]\nrounds = 1\n'
+        '[model]\nname = "logistic"\n[training]\nlocal_steps = 1\n[federation]\nrounds = 1\n'
     )
     assert main(command(tmp_path, "--json")) == 0
     plain = json.loads(capsys.readouterr().out)
@@ -198,7 +198,7 @@ def test_one_class_only_is_allowed_and_said(
         (tmp_path / "data" / "yes").mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / "data" / "yes" / f"{i}.png")
     (tmp_path / "site.toml").write_text('name = "a"\n[data]\nformat = "image"\npath = "data"\n')
-    study = STUDY.replace("segmentation", "classification")
+    study = STUDY.replace("segmentation", "classification").replace("unet", "cnn")
     study = study.replace('"background", "nodule"', '"no", "yes"')
     study = study.replace("dimensions = 3\nsize = [8, 8, 8]", "dimensions = 2\nsize = [8, 8]")
     (tmp_path / "study.toml").write_text(study)
@@ -250,3 +250,11 @@ def test_real_volumes_are_all_usable(
     assert main(command(tmp_path, "--json")) == 0
     plain = json.loads(capsys.readouterr().out)
     assert (plain["usable"], plain["left_out"]) == (134, [])
+
+
+def test_a_model_that_no_catalogue_has_is_told_before_any_case_is_read(
+    hospital: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (hospital / "study.toml").write_text(STUDY.replace('"unet"', '"uned"'))
+    assert main(command(hospital)) == 2
+    assert "study.toml: model.name: there is no model 'uned'" in capsys.readouterr().err

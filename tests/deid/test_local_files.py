@@ -31,7 +31,7 @@ classes = ["no", "yes"]
 dimensions = 2
 size = [32, 32]
 [model]
-name = "any"
+name = "cnn"
 [training]
 local_steps = 1
 [federation]
@@ -109,7 +109,7 @@ def test_the_cache_does_not_quote_a_broken_files_name(
             place = tmp_path / "data" / part / f"Smith_{number}.nii.gz"
             nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), place)
         (tmp_path / "data" / part / "Jones.nii.gz").write_bytes(b"broken")
-    study = STUDY.replace("classification", "segmentation")
+    study = STUDY.replace("classification", "segmentation").replace("cnn", "unet")
     study = study.replace("dimensions = 2", "dimensions = 3").replace("[32, 32]", "[8, 8, 8]")
     (tmp_path / "study.toml").write_text(study)
     site = 'name = "a"\n[data]\nformat = "decathlon"\npath = "data"\n'
