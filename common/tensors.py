@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfl.common.errors import StorageError
+from medfl.common.private_files import sync_folder
 
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -121,7 +122,7 @@ def write_atomic(path: Path, content: bytes | Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -129,12 +130,3 @@ def write_atomic(path: Path, content: bytes | Iterable[bytes]) -> None:
             f"{path}: could not be written ({error.strerror}). Free some space or name another "
             "folder, then run the same command again"
         ) from None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` outlast a power cut (POSIX: the folder is a file of its own)."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
