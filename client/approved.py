@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from medfl.client import consent
+from medfl.client import consent, witness
 from medfl.client.consent import Refusal, allowed
 from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
@@ -41,7 +41,8 @@ class Approved:
         """The hospital, if the study is approved now.
 
         Raises:
-            PolicyRefused: it is not, or the cases are others than those that were approved.
+            PolicyRefused: it is not, or the cases are others than those that were approved, or the
+                privacy ledger was put back.
         """
         digest = str(context.run_config["study"])
         self._refuse(digest, None)
@@ -51,6 +52,7 @@ class Approved:
             hospital = self._hospital(site, study)
             self._refuse(digest, hospital.cohort.digest)
             self._last = digest, hospital
+        witness.refuse_other_ledger(self.home, hospital.ledger)
         begin_run(hospital, str(context.run_config.get("run", "")))
         return hospital
 

@@ -11,9 +11,11 @@ import pytest
 
 from medfl.client import approved, consent
 from medfl.client.approved import Approved
+from medfl.client.composition import Charge
 from medfl.client.data.own import own_cohort
 from medfl.client.premises import Enrolment, Home
-from medfl.common import config, study_text
+from medfl.common import config, heads, study_text
+from medfl.common.audit import Head
 from medfl.common.errors import PolicyRefused
 from medfl.common.kept import save_record
 from medfl.common.messages import Instruction, Reply, pack
@@ -129,6 +131,21 @@ def test_a_study_altered_on_the_hospitals_disk_is_refused(world: World) -> None:
     file = world.finder.home.folder / "studies" / f"{world.study.digest}.json"
     file.write_bytes(file.read_bytes().replace(b"tiny", b"huge"))
     with pytest.raises(PolicyRefused, match="not signed by the coordinator"):
+        world.find()
+
+
+def test_nothing_is_run_on_a_ledger_that_was_put_back(world: World) -> None:
+    world.approve()
+    hospital, home = world.find(), world.finder.home
+    charge = Charge(world.study.digest, "tiny", "r", "training", 1, 4.0, 0.5, 5)
+    hospital.ledger.reserve(charge, ["a", "b"])
+    word = hospital.ledger.sealed("T\x1fnorth\x1f1")
+    shown = heads.witness(home.signing_key(), "ledger:north", "north", Head(1, word), 0)
+    save_record(home.folder / "ledger_shown.json", shown)
+    world.find()
+    (hospital.ledger.folder / "ledger.jsonl").unlink()
+    (hospital.ledger.folder / "key").unlink()
+    with pytest.raises(PolicyRefused, match="begun anew"):
         world.find()
 
 
