@@ -17,6 +17,7 @@ class RoundRecord:
 
     metrics: mean over the sites. sites: one plain record a site. left_out: site -> why.
     void: too few updates; the model did not change.
+    epsilon: of a hospital by the study's [site_privacy], after this round; None without it.
     """
 
     run: str
@@ -29,6 +30,7 @@ class RoundRecord:
     void: bool
     bytes_down: int
     bytes_up: int
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ finish   kept weights -> site: metrics on validation and test parts
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from medfl.strategies.admission import cleaned, fault_of, opened
 from medfl.strategies.catalogue import WEIGHTINGS, strategy_for
 from medfl.strategies.home import home_names
 from medfl.strategies.proportion import OUT_OF_PROPORTION, Proportion, remember, remembered
+from medfl.strategies.site_privacy import spent
 from medfl.strategies.strategy import Combined, ServerState, Strategy
 
 __all__ = ["Outcome", "RoundRecord", "Sites", "draw", "run_study"]
@@ -84,9 +86,12 @@ def run_study(
     *,
     seed: int,
     run: str = "main",
+    noise_key: bytes | None = None,
     on_round: Callable[[RoundRecord, Tensors], None] = lambda record, weights: None,
 ) -> Outcome:
     """Train one study with these sites; the same seed and sites give the same weights, bit by bit.
+
+    noise_key: of the noise of [site_privacy], for simulations; None: a fresh one, and other bits.
 
     Raises:
         ConfigError: the study names what the catalogues do not have.
@@ -94,7 +99,7 @@ def run_study(
             the best round would be chosen by what private hospitals do not tell.
     """
     started = time.monotonic()
-    strategy = strategy_for(study)
+    strategy = strategy_for(study, noise_key)
     say = Instruction(kind="prepare", study_digest=study.digest, run=run, seed=seed)
     found = prepare(study, sites, say)
     shared, refused = found.shared, found.refused
@@ -182,7 +187,8 @@ def _round(federation: _Federation, model: _Model, number: int) -> tuple[RoundRe
         weights=model.weights,
         control=model.control,
     )
-    proportion = Proportion(remembered(model.state), study.federation.norm_limit)
+    limit = study.federation.norm_limit if federation.strategy.compares else math.inf
+    proportion = Proportion(remembered(model.state), limit)
     admitted = _Admitted(federation, {n: roster[n] for n in drawn}, asked, proportion)
     try:
         combined = federation.strategy.combine(admitted, WEIGHTINGS[study.federation.weighting])
@@ -200,6 +206,8 @@ def _round(federation: _Federation, model: _Model, number: int) -> tuple[RoundRe
     best = model.best.or_this(number - 1, record.metrics, model.weights)
     model = replace(model, best=best)
     model = model if record.void else _moved(federation, model, combined)
+    if study.site_privacy is not None:
+        record = replace(record, epsilon=spent(study, model.state.round))
     return record, replace(model, state=remember(model.state, proportion.median))
 
 
