@@ -120,7 +120,7 @@ def run(
     over = _follow(federation, asked.id, quiet=as_json)
     lines = [f"{over.id}: {over.state} after {over.round} rounds. {over.why}".rstrip()]
     if over.state == "done":
-        lines.append(f"Next: medfl-server model get {over.id} --out model.safetensors")
+        lines.append(f"Next: medfl-server report {over.id}")
     _show(_plain(over), lines, as_json)
     raise typer.Exit(over.exit_code)
 

@@ -21,6 +21,7 @@ from medfl.common.study import Study
 from medfl.server import runs, studies
 from medfl.server.federation import Federation
 from medfl.server.gateway import Gateway, Peers
+from medfl.server.report import federated
 from medfl.server.runs import Run
 from medfl.server.settings import ServerSettings
 
@@ -243,4 +244,5 @@ def _finish(federation: Federation, run: Run, study: Study, outcome: Outcome) ->
     federation.record("model", run=run.id, sha256=digest, round=outcome.selected_round)
     done = replace(runs.load(federation, run.id), model=digest)
     runs.save(federation, done)
+    federated.finish(federation, done, study, outcome)
     runs.end(federation, done, "done", "", 0)

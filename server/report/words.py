@@ -101,8 +101,11 @@ def total(counts: Iterable[int | None]) -> str:
 
 
 def shows_metrics(site: SiteResult) -> bool:
-    """Whether a site's own metrics are shown; 2/3 correct would give a masked count away."""
-    return site.n_test >= SMALL
+    """Whether a site's own metrics are shown; 2/3 correct would give a masked count away.
+
+    A private hospital tells no count, and metrics only with noise.
+    """
+    return site.n_test is None or site.n_test >= SMALL
 
 
 def epsilon(number: float | None) -> str:
