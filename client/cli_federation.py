@@ -148,10 +148,9 @@ def approve(
     home, own = _home(state), _site(site)
     published, found = consent.find(home, study)
     cohort, cases = _checked(own, found)
-    if not as_json:
-        typer.echo("\n".join(words.describe(found, published, home.enrolment(), own)))
-        typer.echo("")
     if not yes:
+        typer.echo("\n".join(words.describe(found, published, home.enrolment(), own)), err=as_json)
+        typer.echo("", err=as_json)
         _ask(f"Sign {found.name} for {cases} training cases and {days:g} days?")
     decision = consent.approve(home, found, cohort, cases, days)
     told = _send(home, decision)
