@@ -333,7 +333,12 @@ def _site(path: Path) -> Site:
 
 
 def _checked(site: Site, study: Study) -> tuple[str, int]:
-    """Cohort digest and training cases, if the data serve the study. Raises DataError."""
+    """Cohort digest, and the training cases that others may learn of: under privacy the declared.
+
+    Raises:
+        DataError: the data cannot serve the study. PolicyRefused: site.toml forbids it.
+    """
+    from medfl.client import budget
     from medfl.client.data.check import check_with_cohort, describe
 
     result = check_with_cohort(site, study).result
@@ -342,7 +347,11 @@ def _checked(site: Site, study: Study) -> tuple[str, int]:
         if result.exit_code == DataError.exit_code:
             raise DataError("The data cannot serve the study; nothing was signed.")
         raise PolicyRefused("site.toml forbids what the study asks; nothing was signed.")
-    return result.digest, result.cases["train"]
+    terms = budget.terms_of(study, site.privacy)
+    if terms is None:
+        return result.digest, result.cases["train"]
+    budget.refuse_undeclared(terms)
+    return result.digest, terms.n_cases or 1
 
 
 def _ask(question: str) -> None:
