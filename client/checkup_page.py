@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-from medfl.client.checkup import Item
+from medfl.client.machine import Item
 
 WORDS = {"green": "ok", "warning": "look", "red": "mend", "note": "note"}
 

@@ -96,7 +96,7 @@ def exclude(
     secret = load_secret(secret_path(own))
     changed = change_list(list_path(own), secret, patient, withdrawn=not undo)
     count = len(load_withdrawn(list_path(own)))
-    typer.echo(f"{'Done' if changed else 'Nothing to change'}; {count} patients are on the list.")
+    typer.echo(f"{'Done' if changed else 'Nothing to change'}; {count} on the list.")
 
 
 @app.command()

@@ -12,11 +12,12 @@ from medfl.common import cli
 from medfl.common.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
-    from medfl.client.checkup import Item
     from medfl.client.data.cases import Cohort
+    from medfl.client.machine import Item
     from medfl.common.study import Study
 
-_MARKS = {"green": "ok ", "warning": " ! ", "red": " X ", "note": " - "}
+_MARKS = {"green": "ok", "warning": "LOOK", "red": "MEND", "note": "note"}
+_WIDE = 25
 
 
 def check(
@@ -84,16 +85,16 @@ def check(
 
 
 def _lines(item: Item) -> list[str]:
-    lines = [f"[{_MARKS[item.state]}] {item.topic:21} {item.said}"]
+    lines = [f"{_MARKS[item.state]:5}{item.topic:{_WIDE}} {item.said}"]
     told = [*item.detail.splitlines(), *([item.todo] if item.todo else [])]
-    return lines + [f"{'':28}{line}" for line in told]
+    return lines + [f"{'':{_WIDE + 6}}{line}" for line in told]
 
 
 def _verdict(items: list[Item]) -> str:
     red = sum(i.state == "red" for i in items)
     warned = sum(i.state == "warning" for i in items)
-    more = f"; {warned} to look at (!)" if warned else ""
-    return f"{red} to mend (X){more}." if red else f"Ready{more}. Next: medfl-client studies"
+    more = f", {warned} to look at" if warned else ""
+    return f"{red} to mend{more}." if red else f"Ready{more}. Next: medfl-client studies"
 
 
 def _study(named: str, state: Path) -> Study:

@@ -13,7 +13,6 @@ from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from urllib import request
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from medfl.client.premises import Home
@@ -65,8 +64,9 @@ def proxy_of(address: str, environment: Mapping[str, str]) -> SplitResult | None
     host = _parts(address)[0]
     names = ("grpc_proxy", "https_proxy", "http_proxy")
     text = next((environment[n] for n in names if environment.get(n)), "")
-    around = environment.get("no_grpc_proxy") or environment.get("no_proxy") or ""
-    if not text or request.proxy_bypass_environment(host, {"no": around}):
+    around = (environment.get("no_grpc_proxy") or environment.get("no_proxy") or "").split(",")
+    # Names are taken as endings, as gRPC does.
+    if not text or any(end.strip() and host.endswith(end.strip()) for end in around):
         return None
     return urlsplit(text if "//" in text else f"http://{text}")
 
@@ -81,7 +81,8 @@ def _resolved(host: str, port: int, who: str) -> Step:
             "Check the spelling with the coordinator, and that this machine may ask a DNS server "
             "for outside names.",
         )
-    return Step("name", f"{host} is {found[0][4][0]}")
+    number = str(found[0][4][0])
+    return Step("name", f"{host} is {number}" if host != number else f"{host} needs none")
 
 
 @contextmanager

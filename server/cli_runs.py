@@ -78,7 +78,11 @@ def list_(folder: Folder = HERE, as_json: AsJson = False) -> None:
         plain.append({"name": made.name, "digest": made.digest, "at": made.at, "sites": stands})
         lines.append(f"{made.name}  {made.digest[:12]}")
         lines += [f"  {site}: {stand}" for site, stand in stands.items()]
-    _show({"studies": plain}, lines or ["No study is published."], as_json)
+    _show(
+        {"studies": plain},
+        lines or ["No study yet. Next: medfl-server study publish STUDY.toml"],
+        as_json,
+    )
 
 
 def run(
@@ -135,7 +139,11 @@ def runs(folder: Folder = HERE, as_json: AsJson = False) -> None:
 
     found = queue.everything(open_federation(folder))
     lines = [f"{r.id}  {r.state}, round {r.round} of {r.rounds}  {r.why}".rstrip() for r in found]
-    _show({"runs": [_plain(r) for r in found]}, lines or ["No run yet."], as_json)
+    _show(
+        {"runs": [_plain(r) for r in found]},
+        lines or ["No run yet. Next: medfl-server run STUDY"],
+        as_json,
+    )
 
 
 @model_app.command()
@@ -168,12 +176,12 @@ def _follow(federation: Federation, run_id: str, *, quiet: bool) -> Run:
     from medfl.server import runs as queue
 
     shown = 0
-    missing: tuple[str, ...] = ("",)
+    missing: tuple[str, ...] = ()
     while True:
         now = queue.load(federation, run_id)
         if now.state == "waiting" and now.missing != missing and not quiet:
             missing = now.missing
-            typer.echo(f"Waiting. Missing: {'; '.join(missing) or 'nobody'}")
+            typer.echo(f"Waiting. Missing: {'; '.join(missing) or 'nobody any more'}")
         for plain in list(queue.progress(federation, run_id))[shown:]:
             shown += 1
             if not quiet:
@@ -192,10 +200,8 @@ def _round_line(plain: dict[str, Any], rounds: int) -> str:
     left_out = "".join(f"; without {s} ({why})" for s, why in sorted(plain["left_out"].items()))
     void = " VOID" if plain["void"] else ""
     sites = len(plain["sites"])
-    return (
-        f"round {plain['round']}/{rounds}{void}: {sites} sites, {plain['seconds']:.1f} s "
-        f"{metrics}{left_out}"
-    )
+    what = f"round {plain['round']}/{rounds}" if plain["round"] <= rounds else "the last model"
+    return f"{what}{void}: {sites} sites, {plain['seconds']:.1f} s {metrics}{left_out}"
 
 
 def _plain(run: Run) -> dict[str, Any]:

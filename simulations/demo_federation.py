@@ -29,6 +29,8 @@ from medfl.simulations.hospitals import make_hospitals
 
 STUDY = Path(__file__).parent / "studies" / "demo_federation.toml"
 NAME = "demo-federation"
+# The second trains under differential privacy.
+NAMES = ("st-marien", "riverside", "hopital-nord")
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue")
 _MODULES = {"medfl-server": "medfl.server.cli", "medfl-client": "medfl.client.cli"}
 _COMMAND_S, _CONNECT_S, _END_S = 300.0, 120.0, 30.0
@@ -41,6 +43,7 @@ class Stage:
     console: Console
     width: int
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    followers: list[threading.Thread] = field(default_factory=list)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def say(self, who: Speaker, line: str, *, command: bool = False) -> None:
@@ -70,6 +73,8 @@ class Stage:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for follower in self.followers:
+            follower.join(1.0)
 
 
 @dataclass(frozen=True)
@@ -106,11 +111,12 @@ class Speaker:
     def watches(self, command: str) -> list[str]:
         """Run a command to its end and show its lines as they come. Raises FederationError."""
         self.stage.say(self, command, command=True)
-        process, lines = self._started(command), []
-        for line in process.stdout or ():
-            lines.append(line)
-            self.stage.say(self, line)
-        if process.wait() != 0:
+        lines = []
+        with self._started(command) as process:
+            for line in process.stdout or ():
+                lines.append(line)
+                self.stage.say(self, line)
+        if process.returncode != 0:
             raise FederationError(f"{self.name}: {command} ended with {process.returncode}.")
         return lines
 
@@ -124,12 +130,15 @@ class Speaker:
         process, there = self._started(command), threading.Event()
 
         def follow() -> None:
-            for line in process.stdout or ():
-                self.stage.say(self, line)
-                if until in line:
-                    there.set()
+            with process:  # closes the pipe, and waits
+                for line in process.stdout or ():
+                    self.stage.say(self, line)
+                    if until in line:
+                        there.set()
 
-        threading.Thread(target=follow, name=f"follow-{self.name}", daemon=True).start()
+        follower = threading.Thread(target=follow, name=f"follow-{self.name}", daemon=True)
+        self.stage.followers.append(follower)
+        follower.start()
         end = time.monotonic() + _CONNECT_S
         while not there.wait(0.1):
             if process.poll() is not None or time.monotonic() > end:
@@ -152,98 +161,128 @@ class Speaker:
         return process
 
 
-def run_demo(out: Path, *, seed: int = 42, small: bool = False) -> Path:
-    """Make hospitals below `out`, let them join, train, and end; returns the run's report.
+@dataclass(frozen=True)
+class World:
+    """Who takes part."""
 
-    small: fewer cases and rounds, for tests.
+    stage: Stage
+    coordinator: Speaker
+    hospitals: tuple[Speaker, ...]
+
+
+def run_demo(out: Path, *, seed: int = 42) -> Path:
+    """Make hospitals below `out`, let them join, train, and end; returns the run's report.
 
     Raises:
         FederationError: a command did not end as it should.
         Interrupted: somebody stopped the demonstration. Its processes are ended in any case.
     """
+    with staged(out, Console(highlight=False)) as world:
+        perform(world, seed)
+        report = world.coordinator.folder / "report.html"
+        pages = [report, world.hospitals[1].folder / "check.html"]
+        world.stage.console.rule("Now")
+        world.stage.console.print(
+            "Open in a browser:\n"
+            + "".join(f"  {page}\n" for page in pages)
+            + f"Everybody's files, also the logs: {out.resolve()}",
+            soft_wrap=True,
+        )
+        return report
+
+
+@contextmanager
+def staged(out: Path, console: Console, *, small: bool = False) -> Iterator[World]:
+    """A coordinator and three hospitals with a folder each; their processes end with the context.
+
+    small: fewer cases and rounds, for tests.
+    """
     if out.exists():
         shutil.rmtree(out)  # made by an earlier demonstration, and made again
-    console = Console(highlight=False)
-    names = ["st-marien", "riverside", "hopital-nord"]
-    stage = Stage(console, max(map(len, ["coordinator", *names])))
+    stage = Stage(console, max(map(len, ["coordinator", *NAMES])))
     console.rule("Three hospitals, as files")
     make_hospitals(out / "files", small=small)
-    for name in names:
+    for name in NAMES:
         shutil.move(out / "files" / "segmentation" / name, out / name)
     shutil.rmtree(out / "files")
     coordinator = _speaker(stage, out, "coordinator", 0, {"MEDFL_SERVER_FOLDER": "fed"})
-    hospitals = [
-        _speaker(stage, out, name, i, {"MEDFL_STATE": "state", "MEDFL_SITE": "site.toml"})
-        for i, name in enumerate(names, start=1)
-    ]
+    own = {"MEDFL_STATE": "state", "MEDFL_SITE": "site.toml"}
+    hospitals = tuple(_speaker(stage, out, n, i, own) for i, n in enumerate(NAMES, start=1))
     study = STUDY.read_text(encoding="utf-8")
     (coordinator.folder / "study.toml").write_text(_shorter(study) if small else study)
     console.print(f"Everybody has a folder below {out}, and only there.", soft_wrap=True)
     with _ended(stage):
-        _join(stage, coordinator, hospitals)
-        _consent(stage, coordinator, hospitals)
-        run = _train(stage, coordinator, hospitals, seed)
-        return _look_back(stage, coordinator, hospitals, run)
+        yield World(stage, coordinator, hospitals)
 
 
-def _join(stage: Stage, coordinator: Speaker, hospitals: Sequence[Speaker]) -> None:
-    stage.console.rule("1. The coordinator makes a federation and invites")
-    address = _free_address()
+def perform(world: World, seed: int) -> str:
+    """All steps from the first key to the report; returns the run's name."""
+    world.stage.console.rule("1. The coordinator makes a federation and invites")
+    _join(world)
+    world.stage.console.rule("3. A study is published; each hospital checks, reads and signs")
+    _consent(world)
+    world.stage.console.rule("4. The hospitals connect, and the study runs")
+    run = _train(world, seed)
+    world.stage.console.rule("5. What is left: a model, a report, and proof of what was done")
+    _look_back(world, run)
+    return run
+
+
+def _join(world: World) -> None:
+    coordinator, address = world.coordinator, _free_address()
     coordinator.does(f"medfl-server init fed --name Demo --listen {address} --address {address}")
     commands = {}
-    for hospital in hospitals:
+    for hospital in world.hospitals:
         lines = coordinator.does(f"medfl-server invite {hospital.name}", mask="medfl1.")
         commands[hospital.name] = next(x.strip() for x in lines if "medfl-client enrol" in x)
     coordinator.keeps("medfl-server start", until="listening on")
-    stage.console.rule("2. Each hospital joins: its keys are made there and never leave")
-    for hospital in hospitals:
-        hospital.does(commands[hospital.name], mask="medfl1.")
+    world.stage.console.rule("2. Each hospital joins: its keys are made there and never leave")
+    _at_once([(h, commands[h.name]) for h in world.hospitals], mask="medfl1.")
 
 
-def _consent(stage: Stage, coordinator: Speaker, hospitals: Sequence[Speaker]) -> None:
-    stage.console.rule("3. A study is published; each hospital checks, reads and signs")
-    coordinator.does("medfl-server study publish study.toml")
-    _at_once(hospitals, "medfl-client check")
-    hospitals[0].does("medfl-client studies")
-    # The one that trains under differential privacy.
-    hospitals[1].does(f"medfl-client show {NAME}")
-    _at_once(hospitals, f"medfl-client approve {NAME} --yes --days 30")
-    coordinator.does("medfl-server study list")
+def _consent(world: World) -> None:
+    first, private, _ = world.hospitals
+    world.coordinator.does("medfl-server study publish study.toml")
+    _at_once([(h, "medfl-client check --html check.html") for h in world.hospitals])
+    first.does("medfl-client studies")
+    private.does(f"medfl-client show {NAME}")
+    agree(world, NAME)
+    world.coordinator.does("medfl-server study list")
 
 
-def _train(stage: Stage, coordinator: Speaker, hospitals: Sequence[Speaker], seed: int) -> str:
-    stage.console.rule("4. The hospitals connect, and the study runs")
-    with ThreadPoolExecutor(len(hospitals)) as pool:
-        for done in [pool.submit(h.keeps, "medfl-client start", "Connected") for h in hospitals]:
-            done.result()
-    lines = coordinator.watches(f"medfl-server run {NAME} --seed {seed}")
-    found = re.search(rf"{NAME}-[0-9a-f-]+", "".join(lines))
+def agree(world: World, study: str) -> None:
+    """Every hospital approves."""
+    approval = f"medfl-client approve {study} --yes --days 30"
+    _at_once([(h, approval) for h in world.hospitals])
+
+
+def _train(world: World, seed: int) -> str:
+    with ThreadPoolExecutor(len(world.hospitals)) as pool:
+        starts = [pool.submit(h.keeps, "medfl-client start", "Connected") for h in world.hospitals]
+    for started in starts:
+        started.result()
+    lines = world.coordinator.watches(f"medfl-server run {NAME} --seed {seed}")
+    found = re.search(rf"{NAME}-[0-9]+-[0-9]+-[0-9a-f]+", "".join(lines))
     if found is None:
         raise FederationError("The run did not say its name.")
     return found.group()
 
 
-def _look_back(stage: Stage, coordinator: Speaker, hospitals: Sequence[Speaker], run: str) -> Path:
-    stage.console.rule("5. What is left: a model, a report, and proof of what was done")
+def _look_back(world: World, run: str) -> None:
+    coordinator, (first, private, _) = world.coordinator, world.hospitals
     coordinator.does(f"medfl-server model get {run} --out model.safetensors")
     coordinator.does(f"medfl-server report {run} --out .")
     coordinator.does("medfl-server log --verify")
-    hospitals[0].does("medfl-client audit verify")
-    hospitals[1].does("medfl-client budget")
-    report = coordinator.folder / "report.html"
-    stage.console.rule("Now")
-    stage.console.print(
-        f"Open in a browser:\n  {report}\n  {hospitals[1].folder / 'check.html'}\n"
-        f"Everybody's files, also the logs: {report.parent.parent}",
-        soft_wrap=True,
-    )
-    return report
+    first.does("medfl-client audit verify")
+    private.does("medfl-client budget")
 
 
-def _at_once(hospitals: Sequence[Speaker], command: str) -> None:
-    with ThreadPoolExecutor(len(hospitals)) as pool:
-        for done in [pool.submit(h.does, command) for h in hospitals]:
-            done.result()
+def _at_once(jobs: Sequence[tuple[Speaker, str]], *, mask: str = "") -> None:
+    """Commands of several speakers side by side, each shown in one piece."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        done = [pool.submit(who.does, command, mask=mask) for who, command in jobs]
+    for each in done:
+        each.result()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,6 @@ from medfl.server.report.write import write_report
 from medfl.server.runs import Run
 
 if TYPE_CHECKING:
-    from medfl.server.records import RoundRecord
     from medfl.server.rounds import Outcome
 
 log = logging.getLogger(__name__)
@@ -61,7 +60,10 @@ def finish(federation: Federation, run: Run, study: Study, outcome: Outcome) -> 
     """Leave the report of a run whose model is saved; a report that fails does not cost the run."""
     folder = runs.folder_of(federation, run.id)
     try:
-        _keep_facts(folder, facts(run, study, outcome, _absent(federation, run)), study, outcome)
+        # A round that was repeated after a restart is there twice; the later one counted.
+        rounds = list({r["round"]: r for r in runs.progress(federation, run.id)}.values())
+        plain = facts(run, study, outcome, rounds, _absent(federation, run))
+        _keep_facts(folder, study, plain, rounds)
         write(federation, run.id)
     except MedflError as error:
         log.error("run=%s has its model and no report: %s", run.id, error)
@@ -119,10 +121,19 @@ def opened(federation: Federation, run_id: str) -> Signed:
     return signed
 
 
-def facts(run: Run, study: Study, outcome: Outcome, absent: dict[str, str]) -> dict[str, Any]:
-    """result.json: what the coordinator learned, and nothing that a hospital did not tell."""
+def facts(
+    run: Run,
+    study: Study,
+    outcome: Outcome,
+    rounds: Sequence[Mapping[str, Any]],
+    absent: Mapping[str, str],
+) -> dict[str, Any]:
+    """result.json: what the coordinator learned, and nothing that a hospital did not tell.
+
+    rounds: plain records of the rounds. absent: hospitals that were not asked, and why.
+    """
     tests = [dict(r.metrics.get("test", {})) for r in outcome.final]
-    up, down = per_round(outcome.records)
+    up, down = per_round(rounds)
     return {
         "kind": "federation",
         "run": run.id,
@@ -141,7 +152,6 @@ def facts(run: Run, study: Study, outcome: Outcome, absent: dict[str, str]) -> d
         "mean": mean_over_sites([t for t in tests if t]),
         "baselines": {},
         "refused": {**absent, **outcome.refused},
-        "silent": list(_silent(run, outcome)),
         "environment": {p: version(p) for p in ("medfl", "torch", "flwr")},
         "digests": {"study": study.digest, "model": tensors.digest(outcome.weights)},
         "cohorts": {r.site: r.cohort for r in outcome.final if r.cohort},
@@ -152,13 +162,12 @@ def facts(run: Run, study: Study, outcome: Outcome, absent: dict[str, str]) -> d
     }
 
 
-def per_round(records: Sequence[RoundRecord]) -> tuple[int, int]:
+def per_round(rounds: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     """Mean bytes of arrays up and down in a round with training, all hospitals together."""
-    trained = [r for r in records if r.bytes_up]
+    trained = [r for r in rounds if r["bytes_up"]]
+    up, down = (sum(r[key] for r in trained) for key in ("bytes_up", "bytes_down"))
     n = max(1, len(trained))
-    return round(sum(r.bytes_up for r in trained) / n), round(
-        sum(r.bytes_down for r in trained) / n
-    )
+    return round(up / n), round(down / n)
 
 
 def _site(reply: Reply) -> dict[str, Any]:
@@ -176,12 +185,6 @@ def _site(reply: Reply) -> dict[str, Any]:
     }
 
 
-def _silent(run: Run, outcome: Outcome) -> Iterator[str]:
-    """Sites that were asked at the end and did not answer."""
-    told = {r.site for r in outcome.final} | set(outcome.refused)
-    yield from (site for site in run.sites if site not in told)
-
-
 def _absent(federation: Federation, run: Run) -> dict[str, str]:
     """Hospitals of the federation that the run went on without, and why."""
     found = {}
@@ -193,11 +196,13 @@ def _absent(federation: Federation, run: Run) -> dict[str, str]:
     return found
 
 
-def _keep_facts(folder: Path, plain: dict[str, Any], study: Study, outcome: Outcome) -> None:
-    rounds = [canonical({**asdict(r), "run": "main"}) + b"\n" for r in outcome.records]
+def _keep_facts(
+    folder: Path, study: Study, plain: dict[str, Any], rounds: Sequence[Mapping[str, Any]]
+) -> None:
+    lines = [canonical({**r, "run": "main"}) + b"\n" for r in rounds]
     text = json.dumps(plain, indent=2, allow_nan=False)
     tensors.write_atomic(folder / "study.json", study_text.to_text(study).encode())
-    tensors.write_atomic(folder / "rounds.jsonl", b"".join(rounds))
+    tensors.write_atomic(folder / "rounds.jsonl", b"".join(lines))
     tensors.write_atomic(folder / "result.json", text.encode())
 
 

@@ -171,16 +171,15 @@ def data_table(run: Run) -> Table:
                  folded=len(sites) > MANY)  # fmt: skip
 
 
-def _quarantined(reason: str) -> Callable[[SiteResult], int]:
-    return lambda site: site.quarantined.get(reason, 0)
+def _quarantined(reason: str) -> Callable[[SiteResult], int | None]:
+    """Cases of a site left out for a reason; who does not tell its cases does not tell these."""
+    return lambda site: None if site.n_train is None else site.quarantined.get(reason, 0)
 
 
 def absent(run: Run) -> list[str]:
     """Hospitals that refused, or whose answers were left out in some rounds, and why."""
     refused: Mapping[str, str] = run.facts.get("refused") or {}
-    silent: Sequence[str] = run.facts.get("silent") or ()
     lines = [f"{site} took no part: {why}" for site, why in refused.items()]
-    lines += [f"{site} trained and was not there at the end; its results miss" for site in silent]
     found: dict[tuple[str, str], int] = {}
     for line in run.rounds:
         for site, why in line.left_out.items() if line.run == "main" else ():

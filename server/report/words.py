@@ -95,8 +95,9 @@ def total(counts: Iterable[int | None]) -> str:
         return NONE
     visible = [n for n in numbers if n is not None and not 0 < n < SMALL]
     seen = f"{sum(visible):,}"
-    if not sum(visible) and len(visible) < len(numbers) and None not in numbers:
-        return f"at most {(SMALL - 1) * (len(numbers) - len(visible)):,}"
+    if not sum(visible) and len(visible) < len(numbers):
+        most = (SMALL - 1) * (len(numbers) - len(visible))
+        return NONE if None in numbers else f"at most {most:,}"
     return seen if len(visible) == len(numbers) else f"more than {seen}"
 
 
