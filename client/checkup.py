@@ -161,7 +161,7 @@ def _records(home: Home, site: Site | None) -> Item:
 
 def _data(home: Home, site: Site, offered: list[Published], n_jobs: int) -> Iterator[Item]:
     """What the data are worth to each study that is offered or approved."""
-    from medfl.client.data.check import check_with_cohort, describe
+    from medfl.client.data.check import check_with_cohort
 
     for published in reversed(offered):
         topic = f"data for {published.name}"
@@ -173,7 +173,6 @@ def _data(home: Home, site: Site, offered: list[Published], n_jobs: int) -> Iter
                        "Read what is said here; site.toml names files and columns.", str(error),
                        error.exit_code)  # fmt: skip
             continue
-        detail = "\n".join(describe(result)) if result.faults else ""
         if result.faults:
             yield Item(
                 topic,
@@ -183,7 +182,7 @@ def _data(home: Home, site: Site, offered: list[Published], n_jobs: int) -> Iter
                 else "this hospital cannot take part",
                 "Read what is said here, or the page: medfl-client check --study "
                 f"{published.name} --html data.html",
-                detail,
+                "\n".join(result.faults),
                 result.exit_code or DataError.exit_code,
             )
         else:

@@ -31,6 +31,8 @@ def _options(version: cli.Version = False) -> None:
     points), then from MEDFL_STATE and MEDFL_SITE, then from flags.
 
     Example: medfl-client enrol coordinator.example:443 --token medfl1.st-marys.…
+
+    Example: medfl-client check site.toml
     """
 
 

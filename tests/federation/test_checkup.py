@@ -126,7 +126,7 @@ def test_data_that_cannot_serve_are_red_and_say_why_only_on_the_screen(
     (world.site_file.parent / "cases.csv").write_text("patient,b,label\nSmith1,3,yes\n")
     arguments = ["check", str(world.site_file), "--state", str(world.home.folder)]
     assert main(arguments) == 3
-    assert "field a of the study" in capsys.readouterr().out
+    assert "feature_absent" in capsys.readouterr().out
     assert main([*arguments, "--json"]) == 3
     told = capsys.readouterr().out
     assert "cases.csv" not in told

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from medfl.client.ledger import Ledger
 from medfl.common import tensors
-from medfl.common.errors import StorageError
+from medfl.common.errors import Interrupted, StorageError
 from medfl.common.site import load_site
 from medfl.common.study import load_study
 from medfl.server import runs, studies
@@ -45,6 +45,22 @@ def test_three_hospitals_train_as_the_simulator_does_and_keep_their_secrets(
     assert all(p.poll() is not None for p in world.stage.processes)
     starts = [p for p in world.stage.processes if p.args[-1] == "start"]
     assert [p.returncode for p in starts] == [0] * 4
+
+
+@pytest.mark.slow
+def test_a_demonstration_that_is_stopped_leaves_no_process(tmp_path: Path) -> None:
+    started = []
+
+    def stopped() -> None:
+        with staged(tmp_path, Console(file=io.StringIO()), small=True) as world:
+            world.coordinator.does("medfl-server init fed --name Demo --listen 127.0.0.1:0")
+            world.coordinator.keeps("medfl-server start", until="listening on")
+            started.extend(p for p in world.stage.processes if p.poll() is None)
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        stopped()
+    assert [p.returncode for p in started] == [0]
 
 
 def assert_private(federation: Federation, world: World, run: str) -> None:
