@@ -124,7 +124,7 @@ def write_results(
         "digests": {"study": study.digest, "model": tensors.digest(outcome.weights)},
         "cohorts": {r.site: r.cohort for r in outcome.final},
         "n_parameters": int(sum(a.size for a in tensors.floats(outcome.weights).values())),
-        "bytes_per_round": sum(per_round([asdict(r) for r in outcome.records])),
+        "bytes_per_round": sum(per_round(outcome.records)),
     }
     text = json.dumps(result, indent=2, allow_nan=False)
     tensors.write_atomic(main.folder / "result.json", text.encode())

@@ -30,6 +30,7 @@ from medfl.server.report.write import write_report
 from medfl.server.runs import Run
 
 if TYPE_CHECKING:
+    from medfl.server.records import RoundRecord
     from medfl.server.rounds import Outcome
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,7 @@ def finish(federation: Federation, run: Run, study: Study, outcome: Outcome) -> 
     """Leave the report of a run whose model is saved; a report that fails does not cost the run."""
     folder = runs.folder_of(federation, run.id)
     try:
-        # A round that was repeated after a restart is there twice; the later one counted.
-        rounds = list({r["round"]: r for r in runs.progress(federation, run.id)}.values())
+        rounds = runs.progress(federation, run.id)
         plain = facts(run, study, outcome, rounds, _absent(federation, run))
         _keep_facts(folder, study, plain, rounds)
         write(federation, run.id)
@@ -125,12 +125,12 @@ def facts(
     run: Run,
     study: Study,
     outcome: Outcome,
-    rounds: Sequence[Mapping[str, Any]],
+    rounds: Sequence[RoundRecord],
     absent: Mapping[str, str],
 ) -> dict[str, Any]:
     """result.json: what the coordinator learned, and nothing that a hospital did not tell.
 
-    rounds: plain records of the rounds. absent: hospitals that were not asked, and why.
+    absent: hospitals that were not asked, and why.
     """
     tests = [dict(r.metrics.get("test", {})) for r in outcome.final]
     up, down = per_round(rounds)
@@ -162,10 +162,10 @@ def facts(
     }
 
 
-def per_round(rounds: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+def per_round(rounds: Sequence[RoundRecord]) -> tuple[int, int]:
     """Mean bytes of arrays up and down in a round with training, all hospitals together."""
-    trained = [r for r in rounds if r["bytes_up"]]
-    up, down = (sum(r[key] for r in trained) for key in ("bytes_up", "bytes_down"))
+    trained = [r for r in rounds if r.bytes_up]
+    up, down = sum(r.bytes_up for r in trained), sum(r.bytes_down for r in trained)
     n = max(1, len(trained))
     return round(up / n), round(down / n)
 
@@ -197,9 +197,9 @@ def _absent(federation: Federation, run: Run) -> dict[str, str]:
 
 
 def _keep_facts(
-    folder: Path, study: Study, plain: dict[str, Any], rounds: Sequence[Mapping[str, Any]]
+    folder: Path, study: Study, plain: dict[str, Any], rounds: Sequence[RoundRecord]
 ) -> None:
-    lines = [canonical({**r, "run": "main"}) + b"\n" for r in rounds]
+    lines = [canonical({**asdict(r), "run": "main"}) + b"\n" for r in rounds]
     text = json.dumps(plain, indent=2, allow_nan=False)
     tensors.write_atomic(folder / "study.json", study_text.to_text(study).encode())
     tensors.write_atomic(folder / "rounds.jsonl", b"".join(lines))

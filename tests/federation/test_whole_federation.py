@@ -80,7 +80,7 @@ def assert_private(federation: Federation, world: World, run: str) -> None:
     silent = by_name["riverside"]
     assert (silent["n_train"], silent["n_test"], silent["metrics"]) == (None, None, {})
     for line in runs.progress(federation, run):
-        (own,) = [s for s in line["sites"] if s["name"] == "riverside"]
+        (own,) = [s for s in line.sites if s["name"] == "riverside"]
         assert own["loss"] is None
         assert own["metrics"] == {}
     (decision,) = [
