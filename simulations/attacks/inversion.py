@@ -112,7 +112,8 @@ def invert(model: nn.Module, delta: Tensors, seed: int, steps: int) -> Image:
     falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.01, steps)
     for _ in range(steps):
         optimiser.zero_grad()
-        (_distance(model, guess, wanted) + 1e-3 * _variation(guess)).backward()
+        loss = _distance(model, guess, wanted) + 1e-3 * _variation(guess)
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         falling.step()
     return _scaled(guess.detach().numpy()[0, 0])
