@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from medfl.client import consent, witness
 from medfl.client.consent import Refusal, allowed
+from medfl.client.data.lineage import Used, lineage_path, record_round
 from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
 from medfl.common.errors import PolicyRefused
@@ -57,7 +58,15 @@ class Approved:
         return hospital
 
     def seal(self, about: str, asked: Instruction, envelope: Envelope) -> Envelope:
-        """The answer with this site's signature. about: JSON part of the instruction as it came."""
+        """The answer with this site's signature. about: JSON part of the instruction as it came.
+
+        An update is in the lineage when this returns.
+
+        Raises:
+            StorageError: it could not be written down, and stays here.
+        """
+        if asked.kind == "round" and envelope.arrays.get("delta"):
+            self._note_lineage(asked)
         bare = Seal(
             study=asked.study_digest,
             run=asked.run,
@@ -78,6 +87,13 @@ class Approved:
             content=sealed.content,
         )
         return attach(envelope, sealed)
+
+    def _note_lineage(self, asked: Instruction) -> None:
+        if self._last is None:
+            raise PolicyRefused("There is an update and no cohort that it could have come from.")
+        cohort = self._last[1].cohort
+        used = Used(asked.study_digest, asked.run, cohort.digest, asked.round, asked.model)
+        record_round(lineage_path(load_site(self.site_file)), cohort, used)
 
     def _kept(self, digest: str) -> Hospital | None:
         """The hospital of the last message, if it is for this study and the cases approved now."""
