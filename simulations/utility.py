@@ -116,18 +116,23 @@ def values_of(text: str) -> dict[str, float]:
 
 
 def measured(study: Study, data: Path, setting: Setting, seed: int, metric: str) -> Point:
-    """One run, by the code of `medfl-simulate run`; raises what that raises."""
+    """One run, with the weights of `medfl-simulate run`; raises what that raises."""
+    from medfl.common.noise import key_from
+    from medfl.server.rounds import run_study
     from medfl.simulations.cli import default_cache
+    from medfl.simulations.direct import Direct
     from medfl.simulations.results import summary
-    from medfl.simulations.run import Machine, plan_runs, run_all
-    from medfl.simulations.sites import find_hospitals
+    from medfl.simulations.run import preload
+    from medfl.simulations.sites import SimulatedRun, find_hospitals
 
+    preload(study)
     study = with_setting(study, setting)
     hospitals = find_hospitals(study, data, default_cache())
     with TemporaryDirectory() as place:
-        (run,) = plan_runs(study, hospitals, Path(place), (), "cpu")
-        outcomes = run_all([run], seed=seed, machine=Machine())
-        told = summary(run, outcomes, run, seed)
+        run = SimulatedRun("main", study, hospitals, Path(place))
+        key = key_from(seed, "coordinator")
+        outcome = run_study(study, Direct.of(run), seed=seed, noise_key=key)
+        told = summary(run, {"main": outcome}, run, seed)
     spent = [site["epsilon"] for site in told["sites"] if site["epsilon"] is not None]
     mean, everything = told["mean"].get(metric), told["all"].get(metric)
     if mean is None or everything is None:
