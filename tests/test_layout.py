@@ -39,6 +39,7 @@ SPEAK_TO_FLOWER = {
     "server/link.py",
     "server/nodes.py",
     "server/superlink.py",
+    "simulations/benchmarks/light.py",
     "simulations/flower.py",
     "simulations/grid.py",
 }
