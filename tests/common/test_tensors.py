@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import json
 
 import numpy as np
 import pytest
@@ -146,7 +145,6 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import json
-
 import numpy as np
 from medfl.common import errors, tensors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -59,5 +59,5 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "pwrite", refuse)
-    with pytest.raises(StorageError, match="No space left on device.*TMPDIR"):
+    with pytest.raises(StorageError, match=r"No space left on device.*TMPDIR"):
         made.add(updates(1)[0], 1.0)
