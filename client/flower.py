@@ -83,7 +83,7 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
             content = to_record(sealed(pack(answer(hospital, asked))))
         except Exception as error:  # noqa: BLE001
             log.error("round=%d site=%s refuses: %s", round_, site, _told(error))
-            content = to_record(sealed(pack(refusal(site, error, round_))))
+            content = to_record(_told_anyway(sealed, pack(refusal(site, error, round_))))
         return Message(content, reply_to=message)
 
     app.query("prepare")(handle)
@@ -96,6 +96,15 @@ def _of_run(context: Context, run: str) -> Context:
     """The context with the run's name; Flower's own engine wants its contexts back unchanged."""
     about = {**context.run_config, "run": run}
     return Context(context.run_id, context.node_id, context.node_config, context.state, about)
+
+
+def _told_anyway(sealed: Callable[[Envelope], Envelope], refused: Envelope) -> Envelope:
+    """A refusal, sealed if that can be done: a full disk keeps the seal's own line from the log."""
+    try:
+        return sealed(refused)
+    except MedflError as error:
+        log.error("a refusal goes without its seal: %s", _told(error))
+        return refused
 
 
 def _as_it_is(envelope: Envelope) -> Envelope:
