@@ -14,7 +14,12 @@ from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
 from medfl.common.errors import PolicyRefused
 from medfl.common.messages import Envelope, Instruction
-from medfl.common.private_files import private_folder, write_private
+from medfl.common.private_files import (
+    private_folder,
+    refuse_full,
+    refuse_writable,
+    write_private,
+)
 from medfl.common.receipts import Seal, asked_by, attach, content_of, seal
 from medfl.common.site import Site, load_site
 from medfl.common.study import Study
@@ -44,11 +49,14 @@ class Approved:
         Raises:
             PolicyRefused: it is not, or the cases are others than those that were approved, or the
                 privacy ledger was put back.
+            StorageError: what is done could not be written down.
         """
+        refuse_full(self.home.folder)
         digest = str(context.run_config["study"])
         self._refuse(digest, None)
         hospital = self._kept(digest)
         if hospital is None:
+            refuse_writable(self.site_file)
             site, study = load_site(self.site_file), consent.by_digest(self.home, digest)
             hospital = self._hospital(site, study)
             self._refuse(digest, hospital.cohort.digest)

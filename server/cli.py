@@ -144,11 +144,14 @@ def start(
     Example: medfl-server start --folder ~/fed
     """
     cli.log_to_stderr(verbose)
-    from medfl.server import service
+    from medfl.server import authority, service
     from medfl.server.settings import load_settings
 
     federation, _ = _opened(folder)
     settings = load_settings(folder, {"listen": listen})
+
+    for text in authority.ending(federation):
+        typer.echo(text, err=True)
 
     def ready(port: int) -> None:
         host = settings.listen.rpartition(":")[0]
@@ -187,6 +190,7 @@ def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
     lines = [
         f"{plain['name']}: the server {'runs' if pid else 'does not run'} "
         f"({settings.listen}); its certificate lasts {days:.0f} days.",
+        *authority.ending(federation),
         f"{plain['sites']} sites; studies: {', '.join(names) or 'none'}.",
         *(f"{r.id}: {r.state}, round {r.round} of {r.rounds}" for r in open_runs),
         f"Audit log: {plain['audit']}.",

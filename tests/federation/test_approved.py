@@ -186,6 +186,17 @@ def test_an_update_is_in_the_lineage_before_it_leaves(world: World) -> None:
         world.finder.seal("{}", asked, pack(Reply(site="north", delta=delta)))
 
 
+def test_nothing_is_begun_on_a_full_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    world.approve()
+    true = os.statvfs(world.finder.home.folder)
+    full = os.statvfs_result([*true[:4], 0, *true[5:]])
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        world.find()
+
+
 def test_a_new_run_starts_without_what_the_last_one_left(world: World) -> None:
     world.approve()
     context = Context({"study": world.study.digest, "run": "first"})
