@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -87,7 +87,7 @@ class _Formatter(click.HelpFormatter):
         if name == "Positional arguments":  # click's; typer's come after them
             del self.buffer[start:]
 
-    def write_dl(self, rows: Sequence[tuple[str, str]], *args: Any, **more: Any) -> None:
+    def write_dl(self, rows: Iterable[tuple[str, str]], *args: Any, **more: Any) -> None:
         super().write_dl([(name, text.replace("\\[", "[")) for name, text in rows], *args, **more)
 
 
