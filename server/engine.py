@@ -26,11 +26,13 @@ from medfl.common.errors import FederationError, StorageError
 from medfl.common.study import Study
 from medfl.common.tensors import Tensors
 from medfl.common.tunnel import KEY_HEADER
-from medfl.server.rounds import Outcome, RoundRecord, run_study
+from medfl.server.rounds import Earlier, Outcome, RoundRecord, run_study
 
 if TYPE_CHECKING:
     from medfl.server.admit import Door
+    from medfl.server.checkpoint import Checkpoint
     from medfl.server.register import Roster
+    from medfl.server.sessions import Sessions
     from medfl.server.tunnel import Gate
 
 log = logging.getLogger(__name__)
@@ -103,12 +105,17 @@ class Engine:
         finally:
             connection.close()
 
-    def handlers(self, site_of: Callable[[grpc.ServicerContext], str]) -> grpc.GenericRpcHandler:
-        """The tunnel for hospitals, to be added to the gateway's gRPC server."""
+    def handlers(
+        self, site_of: Callable[[grpc.ServicerContext], str], sessions: Sessions | None = None
+    ) -> grpc.GenericRpcHandler:
+        """The tunnel for hospitals, to be added to the gateway's gRPC server.
+
+        sessions: the gateway's, so that both know one live client a site.
+        """
         from medfl.server.tunnel import Gate, fleet_handlers
 
         if self._gate is None:
-            self._gate = Gate(self.address, self._key, self.roster)
+            self._gate = Gate(self.address, self._key, self.roster, sessions)
         return fleet_handlers(self._gate, site_of)
 
     def run(
@@ -119,13 +126,19 @@ class Engine:
         run: str = "main",
         deadline_s: float = 3600.0,
         only: Collection[str] | None = None,
+        attempt: int = 0,
+        earlier: Earlier | None = None,
         on_round: Callable[[RoundRecord, Tensors], None] = lambda record, weights: None,
+        keep: Callable[[Checkpoint], None] = lambda checkpoint: None,
+        check: Callable[[], None] = lambda: None,
         bundle: bytes | None = None,
         door: Door | None = None,
     ) -> Outcome:
         """Run one study with the hospitals that are connected now, or those of them in `only`.
 
-        bundle: only for tests, which send what medfl never does. door: checks each answer's seal.
+        attempt, earlier, on_round, keep: as `run_study` takes them. check: called while sites are
+        waited for; what it raises ends the run. bundle: only for tests, which send what medfl
+        never does. door: checks each answer's seal.
 
         Raises:
             MedflError: what `run_study` raises, or the engine refused the run.
@@ -138,8 +151,18 @@ class Engine:
         )
         completed = False
         try:
-            sites = ConnectedSites(work, self.roster, deadline_s=deadline_s, only=only, door=door)
-            outcome = run_study(study, sites, seed=seed, run=run, on_round=on_round)
+            outcome = run_study(
+                study,
+                ConnectedSites(
+                    work, self.roster, deadline_s=deadline_s, only=only, door=door, check=check
+                ),
+                seed=seed,
+                run=run,
+                attempt=attempt,
+                earlier=earlier,
+                on_round=on_round,
+                keep=keep,
+            )
             completed = True
             return outcome
         finally:
