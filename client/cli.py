@@ -10,6 +10,7 @@ import typer
 
 from medfl.client.cli_defaults import defaults
 from medfl.client.cli_federation import add_federation_commands
+from medfl.client.cli_operation import add_operation_commands
 from medfl.common import cli
 from medfl.common.errors import ConfigError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 app = cli.new_app()
 add_federation_commands(app)
+add_operation_commands(app)
 
 
 def main(argv: list[str] | None = None) -> int:

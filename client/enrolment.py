@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from medfl.client.coordinator import Line, connected, skew_warning
+from medfl.client.hatch import is_hatch, line_through
 from medfl.client.premises import Enrolment, Home
 from medfl.common import certificates, invitation
 from medfl.common.certificates import Certificate, TlsKey
@@ -79,10 +80,16 @@ def authority_fingerprint(home: Home) -> str:
 def line_to(home: Home, address: str | None = None) -> Iterator[Line]:
     """A line with this site's certificate, which is renewed first where it is due.
 
+    In a divided hospital certificate and line are the network side's.
+
     Raises:
         PolicyRefused: the certificate has expired, or the coordinator refuses it.
     """
     enrolment = home.enrolment()
+    if is_hatch(enrolment.address):
+        with line_through(enrolment.address) as line:
+            yield line
+        return
     renew_if_due(home, address or enrolment.address)
     key, certificate = home.identity()
     with connected(address or enrolment.address, home.authority(), key, certificate) as line:
@@ -94,6 +101,8 @@ def renew_if_due(home: Home, address: str) -> bool:
 
     An unreachable coordinator is no error while the present certificate holds.
     """
+    if is_hatch(address):
+        return False
     key, certificate = home.identity()
     left = certificates.ends_at(certificate) - home.clock()
     if left <= 0:

@@ -134,6 +134,7 @@ def start(
     Example: medfl-server start --folder ~/fed
     """
     cli.log_to_stderr(verbose)
+    from medfl.common.notify import tell
     from medfl.server import service
     from medfl.server.settings import load_settings
 
@@ -144,6 +145,7 @@ def start(
         host = settings.listen.rpartition(":")[0]
         typer.echo(f"{federation.name}: listening on {host}:{port}. Stop with Ctrl-C.")
         typer.echo(f"Next: medfl-server study publish STUDY.toml --folder {folder}")
+        tell("READY=1", f"STATUS=listening on {host}:{port}")
 
     service.serve(federation, settings, ready)
     typer.echo("Stopped; nothing is lost.")
