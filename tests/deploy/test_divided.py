@@ -72,6 +72,15 @@ def users(world: World) -> None:
     pytest.skip(f"another user cannot run this Python: {done.stderr[-200:]}")
 
 
+def listened(path: Path) -> socket.socket:
+    """What stands for systemd: a socket that hears from any user."""
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    made.bind(str(path))
+    made.settimeout(20)
+    path.chmod(0o666)
+    return made
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder for a socket, as systemd makes it."""
@@ -221,8 +230,14 @@ def test_a_divided_hospital_trains_and_its_network_side_reads_nothing(
     assert world.says("client", "studies", *options[:2], by=data)["studies"][0]["name"] == "tiny"
     approved = world.says("client", "approve", "tiny", "--yes", *options, by=data)
     assert approved["sent"]
-    client = world.start("client", "start", *options, by=data, says="Connected")
+    manager = listened(north / "notify")
+    notify = {"NOTIFY_SOCKET": str(north / "notify")}
+    client = world.start("client", "start", *options, by=data, says="Connected", **notify)
     world.hears(carrier, "The data side is there")
+    assert manager.recv(100) == b"READY=1"  # Type=notify of the unit
+    assert manager.recv(100) == b"STATUS=connected"
+    manager.close()
+    (north / "notify").unlink()
     first = world.says("server", "run", "tiny", "--wait", "120")
     assert (first["state"], first["sites"]) == ("done", ["north"])
 
