@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from medfl.client.cli_federation import HOME, AsJson, State
+from medfl.client.cli_federation import HOME, SITE, AsJson, SiteFile, State
 from medfl.common import cli
 
 NETWORK = Path("/var/lib/medfl-net")
@@ -19,8 +19,9 @@ Socket = Annotated[Path, typer.Option("--socket", help="Where the two sides meet
 
 def add_operation_commands(app: typer.Typer) -> None:
     """Add the commands of this file."""
-    for command in (divide, line):
+    for command in (divide, line, backup, restore):
         app.command()(command)
+    app.command("accept-log")(accept_log)
 
 
 def divide(
@@ -68,3 +69,78 @@ def line(
     peers = frozenset({network.user_id(peer)})
     network.serve(Home(state), socket.absolute(), peers, typer.echo)
     typer.echo("Stopped.")
+
+
+def backup(
+    out: Annotated[Path, typer.Argument(help="A new file; it holds keys, so keep it closed.")],
+    state: State = HOME,
+    site: SiteFile = SITE,
+    as_json: AsJson = False,
+) -> None:
+    """Copy keys, approvals, log and privacy ledger into one file, while the client runs or not.
+
+    Images and the cache are not in it. Take one after each training: an older ledger says less
+    than was spent.
+
+    Example: medfl-client backup /backup/medfl-2027-01-15.tar
+    """
+    from medfl.client import backup as backups
+    from medfl.client.premises import Home
+
+    made = backups.save(Home(state.expanduser()), site, out)
+    ledger = made.about["ledger_lines"]
+    plain = {"file": str(out), "files": len(made.files), "ledger_lines": int(ledger)}
+    lines = [
+        f"Wrote {out}: {len(made.files)} files, {ledger} lines of the ledger.",
+        "It holds the hospital's keys: keep it encrypted, and elsewhere.",
+    ]
+    typer.echo(json.dumps(plain) if as_json else "\n".join(lines))
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `medfl-client backup` wrote.")],
+    state: State = HOME,
+    site: SiteFile = SITE,
+    as_json: AsJson = False,
+) -> None:
+    """Put a backup back into a new state folder, and the rest where site.toml says.
+
+    A ledger or key that is still there is newer and stays. The coordinator refuses a log that is
+    shorter than it was: that is meant, see the text that follows.
+
+    Example: medfl-client restore /backup/medfl-2027-01-15.tar --state /var/lib/medfl-data/state
+    """
+    from medfl.client import backup as backups
+
+    done = backups.restore(file, state.expanduser(), site)
+    plain = {
+        "site": done.manifest.about["site"],
+        "files": len(done.manifest.files),
+        "log_lines": done.lines,
+        "kept": [str(p) for p in done.kept],
+    }
+    lines = [
+        f"Restored {plain['site']}: {plain['files']} files, {done.lines} lines of the log.",
+        *(f"{p}: is there already and was left as it is." for p in done.kept),
+        "What was spent of privacy after the backup may be missing in the ledger. The coordinator",
+        "refuses this hospital if its log was longer; telephone, then there: medfl-server",
+        "accept-log SITE. With a private study that was running, ask for a budget to match first.",
+        "Next: medfl-client audit verify, medfl-client start",
+    ]
+    typer.echo(json.dumps(plain) if as_json else "\n".join(lines))
+
+
+def accept_log(state: State = HOME) -> None:
+    """Go on although an audit log, the coordinator's or this hospital's, was put back.
+
+    Telephone first: without this word nothing goes on. That it was said stays in the log.
+
+    Example: medfl-client accept-log
+    """
+    from medfl.client import witness
+    from medfl.client.premises import Home
+
+    found = witness.accept(Home(state.expanduser()))
+    typer.echo(
+        f"Accepted: the log of {found.whose} had {found.had} lines. Next: medfl-client start"
+    )

@@ -24,7 +24,7 @@ from medfl.client import consent, enrolment, hatch, witness
 from medfl.client.coordinator import Line
 from medfl.client.premises import Home
 from medfl.common.coordination import Bye, Done, Report
-from medfl.common.errors import FederationError, MedflError, PolicyRefused
+from medfl.common.errors import FederationError, LogRolledBack, MedflError, PolicyRefused
 from medfl.common.kept import save_record
 from medfl.common.notify import tell
 from medfl.common.private_files import only_one
@@ -162,6 +162,8 @@ def _report(
                 raise
             # The coordinator has restarted and forgotten this session.
             enrolment.greet(home, line, session, __version__)
+        except LogRolledBack:
+            raise  # ends the connection, and with it the work
         except FederationError as error:
             # The tunnel holds the SuperNode's calls until the line is back.
             if not lost:

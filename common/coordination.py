@@ -149,11 +149,15 @@ class ShowHead:
 
 @dataclass(frozen=True, slots=True)
 class HeadSeen:
-    """own: the coordinator's signed head. seen: its signature under the site's."""
+    """own: the coordinator's signed head. seen: its signature under the site's.
+
+    knew: the site's head before, as the site signed it: a site whose log was put back sees it here.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     own: Witness
     seen: Witness
+    knew: Witness | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medfl.common import cli
+from medfl.server.cli_operation import add_operation_commands
 from medfl.server.cli_runs import add_run_commands
 
 if TYPE_CHECKING:
@@ -343,6 +344,7 @@ def _show(plain: Any, lines: list[str], as_json: bool) -> None:
 
 # After the others: --help lists commands in the order in which they were added.
 add_run_commands(app)
+add_operation_commands(app)
 
 if __name__ == "__main__":
     raise SystemExit(main())
