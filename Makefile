@@ -14,16 +14,19 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast lint lint-deploy format types check lock clean
+.PHONY: help setup demo demo-federation test fast lint lint-deploy format types check lock clean
 
 help: ## this list
 	@echo 'medfl: federated learning that hospitals run'
 	@echo
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) \
-	    | while IFS=@ read -r goal text; do printf '%-18s %s\n' "$$goal" "$$text"; done
+	    | while IFS=@ read -r goal text; do printf '%-20s %s\n' "$$goal" "$$text"; done
 
 demo: $(RUN_READY) ## three hospitals train one model on this machine; ends with a report
 	$(BIN)/medfl-simulate demo
+
+demo-federation: $(RUN_READY) ## the same by separate processes: coordinator, hospitals, TLS, consent
+	$(BIN)/medfl-simulate demo-federation
 
 test: $(DEV_READY) ## every test
 	OMP_NUM_THREADS=1 $(PYTEST)

@@ -62,7 +62,7 @@ class Approved:
             kind=asked.kind,
             asked=asked_by(about),
             round=asked.round,
-            attempt=0,
+            attempt=asked.attempt,
             site=self.name,
             content=content_of(envelope),
         )

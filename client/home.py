@@ -10,44 +10,30 @@ from pathlib import Path
 
 import numpy as np
 
-from medfl.common import tensors
+from medfl.client.by_round import ByRound
 from medfl.common.errors import FederationError
 from medfl.common.tensors import Array, Tensors
 
 
-def save_layers(folder: Path, round_: int, layers: Tensors, best_round: int) -> None:
-    """Keep this site's layers as of the end of `round_`, and drop those that nobody needs."""
-    keep = {_layers_as_of(folder, best_round), _layers_as_of(folder, round_ - 1)}
-    for file in folder.glob("home_*.safetensors"):
-        if file not in keep:
-            file.unlink()
-    tensors.save(layers, _layers_file(folder, round_))
+def layers(folder: Path) -> ByRound:
+    """This site's own layers, below its `folder` of state."""
+    return ByRound(folder, "home")
 
 
-def load_layers(folder: Path, round_: int) -> dict[str, Array]:
-    """This site's layers as of the end of `round_`; none before its first training.
-
-    A site that was not drawn in that round has them from the last one before in which it was.
-    """
-    file = _layers_as_of(folder, round_)
-    return {} if file is None else tensors.load(file)
+def control(folder: Path) -> ByRound:
+    """This site's control variate (SCAFFOLD), below its `folder` of state."""
+    return ByRound(folder, "control")
 
 
-def load_control(folder: Path, asked: Tensors) -> dict[str, Array]:
-    """This site's control variate; zeros before its first round.
+def control_before(folder: Path, round_: int, asked: Tensors) -> dict[str, Array]:
+    """This site's control variate before `round_`; zeros before its first training.
 
     Raises:
         FederationError: the coordinator sent none of its own.
     """
     if not asked:
         raise FederationError("The strategy needs a control variate and the coordinator sent none.")
-    file = folder / "control.safetensors"
-    return tensors.load(file) if file.exists() else {n: np.zeros_like(a) for n, a in asked.items()}
-
-
-def save_control(folder: Path, control: Tensors) -> None:
-    """Keep this site's control variate for its next round."""
-    tensors.save(control, folder / "control.safetensors")
+    return control(folder).as_of(round_ - 1) or {n: np.zeros_like(a) for n, a in asked.items()}
 
 
 def control_change(
@@ -59,12 +45,3 @@ def control_change(
     """
     scale = 1.0 / max(rate_sum, 1e-12)
     return {n: (-server[n] - scale * delta[n]).astype(np.float32) for n in own}
-
-
-def _layers_file(folder: Path, round_: int) -> Path:
-    return folder / f"home_{round_:05d}.safetensors"
-
-
-def _layers_as_of(folder: Path, round_: int) -> Path | None:
-    files = sorted(folder.glob("home_*.safetensors"))
-    return max((f for f in files if f <= _layers_file(folder, round_)), default=None)

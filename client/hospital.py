@@ -26,7 +26,7 @@ from medfl.client.released import withheld
 from medfl.client.training.plan import TrainPlan
 from medfl.common import tensors
 from medfl.common.errors import PolicyRefused
-from medfl.common.messages import Instruction, Metrics, Part, Reply
+from medfl.common.messages import Instruction, Metrics, Part, Reply, pack
 from medfl.common.packing import pack_exactly
 from medfl.common.records import columns
 from medfl.common.seeds import derive
@@ -54,6 +54,7 @@ class Hospital:
     simulated: of public or made-up data, and to be repeated: noise comes from the run's seed,
         cases are counted, and the ledger begins with the run. Elsewhere noise has no seed.
     ledger_folder: where a real hospital's ledger lies, the same for all studies.
+    said: the last answer of a real hospital, by what was asked.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Hospital:
     device: str = "cpu"
     simulated: bool = False
     ledger_folder: Path | None = None
+    said: dict[str, Reply] = field(default_factory=dict, repr=False)
 
     @cached_property
     def cohort(self) -> Cohort:
@@ -100,6 +102,9 @@ class Hospital:
 def answer(hospital: Hospital, asked: Instruction) -> Reply:
     """Do what is asked, if the hospital's study and policy allow it.
 
+    The same question about the same model gets the same answer: a coordinator that died before it
+    kept the answer asks again, and that costs neither time nor privacy.
+
     Raises:
         PolicyRefused: another study, or something that the policy or its privacy forbids.
         BudgetSpent: the privacy budget does not allow another round.
@@ -107,14 +112,21 @@ def answer(hospital: Hospital, asked: Instruction) -> Reply:
     """
     started = time.monotonic()
     _refuse_forbidden(hospital, asked)
+    question = pack(replace(asked, attempt=0)).about
+    if question in hospital.said:
+        return hospital.said[question]
     reply = _ANSWERS[asked.kind](hospital, asked)
-    return replace(
+    reply = replace(
         reply,
         round=asked.round,
         seconds=time.monotonic() - started,
         cohort=hospital.cohort.digest if hospital.terms is None else "",
         metrics=rounded(reply.metrics, hospital.policy.round_metrics_to),
     )
+    if asked.model and not hospital.simulated:
+        hospital.said.clear()
+        hospital.said[question] = reply
+    return reply
 
 
 def _refuse_forbidden(hospital: Hospital, asked: Instruction) -> None:
@@ -167,9 +179,9 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
     model = _received(hospital, asked, shared, asked.round - 1)
     metrics = _evaluated(hospital, asked, model, shared)
     cases = case_set(study, shared, hospital.cohort, "train")
-    own_control = (
-        home.load_control(hospital.state, asked.control) if hospital.local.control_variates else {}
-    )
+    own_control: dict[str, Array] = {}
+    if hospital.local.control_variates:
+        own_control = home.control_before(hospital.state, asked.round, asked.control)
     plan, entry = _plan(hospital, asked, cases.patients)
     plan = replace(plan, correction=_torch(tensors.subtract(asked.control, own_control)) or None)
     before = _weights(model)
@@ -182,11 +194,11 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
         own_control, asked.control, delta, outcome.steps * outcome.learning_rate
     )
     if own_control:
-        home.save_control(hospital.state, tensors.add(own_control, control))
+        home.control(hospital.state).save(asked.round, tensors.add(own_control, control))
     stays = home_names(model, hospital.local)
     if stays:
         layers = {n: a for n, a in after.items() if n in stays}
-        home.save_layers(hospital.state, asked.round, layers, asked.best_round)
+        home.layers(hospital.state).save(asked.round, layers, also=asked.best_round)
     reply = Reply(
         site=hospital.name,
         n_cases=len(cases) if hospital.terms is None else hospital.terms.n_cases or 1,
@@ -300,7 +312,7 @@ def _received(hospital: Hospital, asked: Instruction, shared: Shared, round_: in
     model = _model(hospital, asked, shared)
     weights = dict(asked.weights)
     if hospital.local.keeps != "nothing":
-        weights.update(home.load_layers(hospital.state, round_))
+        weights.update(home.layers(hospital.state).as_of(round_))
     set_weights(model, weights)
     return model
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medfl.common import tensors
+from medfl.client.by_round import ByRound
 from medfl.common.packing import Kind, pack, pack_exactly, pack_with_feedback
-from medfl.common.tensors import Array, Tensors, all_finite
+from medfl.common.tensors import Tensors, all_finite
 
 
 def outgoing(folder: Path, round_: int, delta: Tensors, kind: Kind) -> Tensors:
@@ -18,29 +18,8 @@ def outgoing(folder: Path, round_: int, delta: Tensors, kind: Kind) -> Tensors:
         return pack_exactly(delta)
     if kind == "float16":
         return pack(delta, kind)
-    packed, residual = pack_with_feedback(delta, _residual_before(folder, round_), kind)
+    residuals = ByRound(folder, "residual")
+    packed, residual = pack_with_feedback(delta, residuals.as_of(round_ - 1), kind)
     if all_finite(residual):  # else the update is refused, and later ones must not suffer for it
-        _save(folder, round_, residual)
+        residuals.save(round_, residual)
     return packed
-
-
-def _residual_before(folder: Path, round_: int) -> dict[str, Array]:
-    files = [f for f in _files(folder) if f < _file(folder, round_)]
-    return tensors.load(files[-1]) if files else {}
-
-
-def _save(folder: Path, round_: int, residual: Tensors) -> None:
-    """Keep the residual of this round and of the last one before it."""
-    before = [f for f in _files(folder) if f < _file(folder, round_)]
-    for file in _files(folder):
-        if file not in before[-1:]:
-            file.unlink()
-    tensors.save(residual, _file(folder, round_))
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("residual_*.safetensors"))
-
-
-def _file(folder: Path, round_: int) -> Path:
-    return folder / f"residual_{round_:05d}.safetensors"

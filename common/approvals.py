@@ -19,8 +19,9 @@ _PURPOSE = "decision on a study"
 class Decision:
     """verdict: approved, or withdrawn (then cohort, cases and expiry say nothing).
 
-    study, cohort: digests. cases: training cases of the cohort, the most that the site may claim
-    as its weight. at, expires: seconds since 1970. signature: by the site's pinned key.
+    study, cohort: digests. cases: training cases of the cohort (under privacy the declared number),
+    the most that the site may claim as its weight. at, expires: seconds since 1970. signature: by
+    the site's pinned key.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)

@@ -54,6 +54,8 @@ class Instruction:
     study_digest: the study this belongs to; a hospital answers for no other.
     run: a name that separates several runs of one study, such as a comparison's baselines.
     round, best_round: 1-based; best_round is the best so far (0 = none), for layers kept at home.
+    attempt: grows each time the coordinator takes the run up again after it was interrupted.
+    model: digest of `weights`, "" in prepare.
     seed: of the run; each hospital derives its own streams from it.
     shared: plain form of `medfl.common.statistics.Shared`; empty in prepare.
     weights: the global model. control: the coordinator's control variate (SCAFFOLD).
@@ -65,6 +67,8 @@ class Instruction:
     run: str
     round: int = 0
     best_round: int = 0
+    attempt: int = 0
+    model: str = ""
     seed: int = 0
     shared: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()

@@ -63,7 +63,8 @@ def forest(run: Run, metric: str) -> Markup:
         axes.set_xlabel(label)
         _legend(axes, bool(local))
 
-    alt = f"{label} of each hospital with 95 % intervals; the numbers are in the table by hospital."
+    lines = "" if run.between_hospitals else " with 95 % intervals"
+    alt = f"{label} of each hospital{lines}; the numbers are in the table by hospital."
     rows = len(shown) + (gap is not None)
     return svg("forest", (7.2, 1.1 + 0.34 * max(rows, 2)), alt, draw)
 

@@ -250,7 +250,7 @@ def test_normalisation_layers_never_leave(bn_study: Study, tmp_path: Path) -> No
     for name, shift in (("near", 0.0), ("far", 5.0)):
         reply = answer(images(bn_study, tmp_path, name, shift), asked(bn_study, weights=weights))
         assert set(reply.delta) == set(weights) - norm
-        kept[name] = home.load_layers(tmp_path / name / "state", 1)
+        kept[name] = home.layers(tmp_path / name / "state").as_of(1)
         assert set(kept[name]) == norm
     assert not np.allclose(kept["near"]["1.running_mean"], kept["far"]["1.running_mean"])
 
@@ -259,7 +259,7 @@ def test_a_sites_own_layers_are_used_again(bn_study: Study, tmp_path: Path) -> N
     weights = get_weights(build_model(bn_study, Shared(), seed=1))
     here = images(bn_study, tmp_path, "near", 3.0)
     first = answer(here, asked(bn_study, weights=weights))
-    own = home.load_layers(here.state, 1)
+    own = home.layers(here.state).as_of(1)
     # As if the coordinator took this site's delta as it is.
     moved = {n: a + first.delta[n] if n in first.delta else a for n, a in weights.items()}
     second = answer(here, asked(bn_study, weights=moved, round=2, parts=("validation",)))
@@ -276,13 +276,13 @@ def test_layers_of_the_best_round_and_of_the_last_are_kept(tmp_path: Path) -> No
         return {"1.weight": np.array([value], dtype=np.float32)}
 
     for round_, best in ((1, 0), (2, 0), (3, 2), (4, 2), (7, 2)):
-        home.save_layers(tmp_path, round_, layers(round_), best)
+        home.layers(tmp_path).save(round_, layers(round_), best)
     assert sorted(p.name[5:10] for p in tmp_path.glob("*")) == ["00002", "00004", "00007"]
-    assert home.load_layers(tmp_path, 2)["1.weight"] == 2
+    assert home.layers(tmp_path).as_of(2)["1.weight"] == 2
     # Not drawn in rounds 5 and 6: its layers are still those of round 4.
-    assert home.load_layers(tmp_path, 6)["1.weight"] == 4
-    assert home.load_layers(tmp_path, 9)["1.weight"] == 7
-    assert home.load_layers(tmp_path, 0) == {}
+    assert home.layers(tmp_path).as_of(6)["1.weight"] == 4
+    assert home.layers(tmp_path).as_of(9)["1.weight"] == 7
+    assert home.layers(tmp_path).as_of(0) == {}
 
 
 def test_local_sends_nothing_and_equals_training_alone(
@@ -294,7 +294,7 @@ def test_local_sends_nothing_and_equals_training_alone(
         assert answer(here, asked(together, round=round_)).delta == {}
     alone = risk_study(training={"local_steps": 4}, federation={"rounds": 1})
     delta = answer(risk_hospital(alone, tmp_path / "alone"), asked(alone)).delta
-    own = home.load_layers(here.state, 2)
+    own = home.layers(here.state).as_of(2)
     assert own[W] == pytest.approx(delta[W], rel=1e-5)
     assert own[B] == pytest.approx(delta[B], rel=1e-5)
 

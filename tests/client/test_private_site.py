@@ -404,3 +404,19 @@ def test_the_arrays_of_an_answer_are_what_the_strategy_needs(make_site) -> None:
     delta = answer(site, asked(site)).delta
     assert all(np.isfinite(a).all() for a in delta.values())
     assert set(delta) == set(asked(site).weights)
+
+
+def test_the_same_question_gets_the_same_answer_and_is_paid_once(
+    make_site: Callable[..., Hospital], tmp_path: Path
+) -> None:
+    """A coordinator that died before it kept the answers asks again, in another attempt."""
+    site = make_site()
+    first = answer(site, asked(site, model="1" * 64))
+    paid = list(Ledger(tmp_path / "st-anna" / "ledger").entries())
+    again = answer(site, asked(site, model="1" * 64, attempt=1))
+    assert digest(again.delta) == digest(first.delta)
+    assert list(Ledger(tmp_path / "st-anna" / "ledger").entries()) == paid
+    # About another model, it is another question: trained, noised and paid anew.
+    other = answer(site, asked(site, model="2" * 64, attempt=1))
+    assert digest(other.delta) != digest(first.delta)
+    assert len(list(Ledger(tmp_path / "st-anna" / "ledger").entries())) > len(paid)

@@ -48,7 +48,7 @@ class Place:
             kind=asked.kind,
             asked=asked_by(pack(asked).about),
             round=asked.round,
-            attempt=0,
+            attempt=asked.attempt,
             site=reply.site,
             content=content_of(envelope),
         )
@@ -91,6 +91,7 @@ def test_an_answer_serves_only_what_was_asked(place: Place) -> None:
         replace(ASKED, round=3),
         replace(ASKED, kind="finish"),
         replace(ASKED, parts=("test",)),
+        replace(ASKED, attempt=1),
         replace(ASKED, seed=1),
     ):
         with pytest.raises(PolicyRefused, match="names another"):
@@ -145,6 +146,12 @@ def test_a_weight_above_the_approved_cases_is_refused(place: Place, n_cases: int
 def test_other_cases_than_the_approved_are_refused(place: Place) -> None:
     with pytest.raises(PolicyRefused, match="other cases"):
         place.door.opened("a", ASKED, place.sealed(replace(REPLY, cohort="d" * 64)))
+
+
+def test_a_private_site_names_no_cohort_and_its_declared_cases(place: Place) -> None:
+    """Under differential privacy its answers leave the digest out (`hospital.answer`)."""
+    declared = replace(REPLY, cohort="", n_cases=10)
+    assert place.door.opened("a", ASKED, place.sealed(declared)).n_cases == 10
 
 
 def test_a_site_that_withdrew_or_was_revoked_in_mid_round_does_not_count(place: Place) -> None:
