@@ -1,7 +1,8 @@
 """Backup and restore of the coordinator's folder, while the server runs or not.
 
 Kept: settings, keys, sites, invitations, studies, decisions, runs with their models, the log.
-Not kept: what the engine makes anew (its database and log); a round that is under way is lost.
+Not kept: what the engine makes anew (its database and log). A run that was under way is taken up
+from its last checkpoint, as after any other end of the server.
 """
 
 from __future__ import annotations
