@@ -162,6 +162,7 @@ def _report(
                 raise
             # The coordinator has restarted and forgotten this session.
             enrolment.greet(home, line, session, __version__)
+            shown = -1  # it may have been put back from a backup: look at its log next time
         except LogRolledBack:
             raise  # ends the connection, and with it the work
         except FederationError as error:
