@@ -157,6 +157,7 @@ def test_a_damaged_or_changed_backup_is_refused_whole(tmp_path: Path, change: st
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_both_sides_are_put_back_from_backups_and_go_on(world: World) -> None:
     """Backups of running services; then more is done, so that they are old; then both disks go."""
     listen = world.coordinator()
@@ -172,7 +173,7 @@ def test_both_sides_are_put_back_from_backups_and_go_on(world: World) -> None:
     client = world.start("client", "start", *options, says="Connected")
 
     def run() -> dict[str, object]:
-        made = world.says("server", "run", "tiny", "--wait", "120")
+        made = world.says("server", "run", "tiny", "--wait", "300")
         assert (made["state"], made["sites"]) == ("done", ["north"])
         return dict(made)
 

@@ -216,6 +216,7 @@ def north(users: None, world: World) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_divided_hospital_trains_and_its_network_side_reads_nothing(
     world: World, north: Path
 ) -> None:
@@ -245,7 +246,7 @@ def test_a_divided_hospital_trains_and_its_network_side_reads_nothing(
     assert manager.recv(100) == b"STATUS=connected"
     manager.close()
     (north / "notify").unlink()
-    first = world.says("server", "run", "tiny", "--wait", "120")
+    first = world.says("server", "run", "tiny", "--wait", "300")
     assert (first["state"], first["sites"]) == ("done", ["north"])
 
     # What the wall is for: whoever takes the network side over has none of these.
@@ -266,7 +267,7 @@ def test_a_divided_hospital_trains_and_its_network_side_reads_nothing(
     carrier.kill()
     world.start(*carry, by=net, says="The data side is there")
     world.hears(client, "Connected again")
-    assert world.says("server", "run", "tiny", "--wait", "120")["state"] == "done"
+    assert world.says("server", "run", "tiny", "--wait", "300")["state"] == "done"
     said = world.says("client", "status", *options[:2], by=data)
     assert (said["client"], said["certificate_days"]) == ("connected", None)
     assert (
@@ -288,6 +289,7 @@ except ConnectionResetError:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_dividing_is_refused_where_it_would_divide_nothing(world: World, north: Path) -> None:
     division = ("client", "divide", "--state", str(north / "state"))
     division += ("--network", str(world.folder / "net"))

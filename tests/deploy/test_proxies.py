@@ -113,6 +113,7 @@ def _answers(address: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_hospital_works_through_its_http_proxy_and_the_coordinators_nginx(
     world: World, nginx: tuple[str, str, str]
 ) -> None:
@@ -139,7 +140,7 @@ def test_a_hospital_works_through_its_http_proxy_and_the_coordinators_nginx(
         world.done("client", "studies", *state, **env)
         world.done("client", "approve", "tiny", "--yes", *options, **env)
         client = world.start("client", "start", *options, says="Connected", **env)
-        run = world.says("server", "run", "tiny", "--wait", "120")
+        run = world.says("server", "run", "tiny", "--wait", "300")
         assert (run["state"], run["sites"]) == ("done", ["north"])
         assert world.end(client) == 0
         assert proxy.refused == []
