@@ -14,7 +14,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-federation test fast lint lint-deploy format types check lock clean
+.PHONY: help setup demo demo-federation test fast lint lint-deploy format types check bench lock clean
 
 help: ## this list
 	@echo 'medfl: federated learning that hospitals run'
@@ -52,6 +52,9 @@ check: ## lint, types and every test: run it before you hand anything in
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory types
 	$(MAKE) --no-print-directory test
+
+bench: $(RUN_READY) ## measure speed and memory against Flower; dated files in simulations/benchmarks/results
+	$(BIN)/python -m medfl.simulations.benchmarks all --out simulations/benchmarks/results
 
 setup: $(DEV_READY) ## install everything, run nothing
 

@@ -7,13 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from medfl.client import consent
+from medfl.client import consent, witness
 from medfl.client.consent import Refusal, allowed
+from medfl.client.data.lineage import Used, lineage_path, record_round
 from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
 from medfl.common.errors import PolicyRefused
 from medfl.common.messages import Envelope, Instruction
-from medfl.common.private_files import private_folder, write_private
+from medfl.common.private_files import (
+    private_folder,
+    refuse_full,
+    refuse_writable,
+    write_private,
+)
 from medfl.common.receipts import Seal, asked_by, attach, content_of, seal
 from medfl.common.site import Site, load_site
 from medfl.common.study import Study
@@ -41,21 +47,34 @@ class Approved:
         """The hospital, if the study is approved now.
 
         Raises:
-            PolicyRefused: it is not, or the cases are others than those that were approved.
+            PolicyRefused: it is not, or the cases are others than those that were approved, or the
+                privacy ledger was put back.
+            StorageError: what is done could not be written down.
         """
+        refuse_full(self.home.folder)
         digest = str(context.run_config["study"])
         self._refuse(digest, None)
         hospital = self._kept(digest)
         if hospital is None:
+            refuse_writable(self.site_file)
             site, study = load_site(self.site_file), consent.by_digest(self.home, digest)
             hospital = self._hospital(site, study)
             self._refuse(digest, hospital.cohort.digest)
             self._last = digest, hospital
+        witness.refuse_other_ledger(self.home, hospital.ledger)
         begin_run(hospital, str(context.run_config.get("run", "")))
         return hospital
 
     def seal(self, about: str, asked: Instruction, envelope: Envelope) -> Envelope:
-        """The answer with this site's signature. about: JSON part of the instruction as it came."""
+        """The answer with this site's signature. about: JSON part of the instruction as it came.
+
+        An update is in the lineage when this returns.
+
+        Raises:
+            StorageError: it could not be written down, and stays here.
+        """
+        if asked.kind == "round" and envelope.arrays.get("delta"):
+            self._note_lineage(asked)
         bare = Seal(
             study=asked.study_digest,
             run=asked.run,
@@ -76,6 +95,13 @@ class Approved:
             content=sealed.content,
         )
         return attach(envelope, sealed)
+
+    def _note_lineage(self, asked: Instruction) -> None:
+        if self._last is None:
+            raise PolicyRefused("There is an update and no cohort that it could have come from.")
+        cohort = self._last[1].cohort
+        used = Used(asked.study_digest, asked.run, cohort.digest, asked.round, asked.model)
+        record_round(lineage_path(load_site(self.site_file)), cohort, used)
 
     def _kept(self, digest: str) -> Hospital | None:
         """The hospital of the last message, if it is for this study and the cases approved now."""

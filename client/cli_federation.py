@@ -220,6 +220,7 @@ def status(state: State = HOME, as_json: AsJson = False) -> None:
     Example: medfl-client status --json
     """
     from medfl.client import consent, hatch
+    from medfl.client.enrolment import ending
     from medfl.client.service import Status
     from medfl.common import certificates
     from medfl.common.kept import load_record
@@ -245,6 +246,7 @@ def status(state: State = HOME, as_json: AsJson = False) -> None:
     lines = [
         f"{enrolment.site} in {enrolment.federation} ({enrolment.address}): {now}.",
         holds,
+        *([] if days is None else ending(home)),
         *(f"{name}: {verdict}" for name, verdict in verdicts.items()),
         "Next: medfl-client studies" if running else "Next: medfl-client start",
     ]
@@ -334,8 +336,12 @@ def _home(state: Path) -> Home:
 
 
 def _site(path: Path) -> Site:
+    from medfl.common.private_files import refuse_writable
     from medfl.common.site import load_site
 
+    # It is the hospital's policy: who can write it decides what leaves.
+    if path.exists():
+        refuse_writable(path)
     return load_site(path)
 
 

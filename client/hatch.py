@@ -165,11 +165,14 @@ class _Relayed:
 
 
 @contextmanager
-def attached(address: str, trainer: Trains) -> Iterator[None]:
-    """Do the tasks that the network side hands over, meanwhile."""
+def attached(address: str, trainer: Trains, session: str = "") -> Iterator[None]:
+    """Do the tasks that the network side hands over, meanwhile.
+
+    session: as the coordinator was told; the tunnel must name the same.
+    """
     stopping = threading.Event()
     thread = threading.Thread(
-        target=_do_tasks, args=(address, trainer, stopping), name="tasks", daemon=True
+        target=_do_tasks, args=(address, trainer, session, stopping), name="tasks", daemon=True
     )
     trainer.start()
     thread.start()
@@ -181,10 +184,11 @@ def attached(address: str, trainer: Trains) -> Iterator[None]:
         thread.join(timeout=10)
 
 
-def _do_tasks(address: str, trainer: Trains, stopping: threading.Event) -> None:
+def _do_tasks(address: str, trainer: Trains, session: str, stopping: threading.Event) -> None:
     while not stopping.is_set():
         try:
             with dial(address, TASKS) as pipe:
+                pipe.send_bytes(session.encode())
                 while not stopping.is_set():
                     if pipe.poll(_LOOK_S):
                         _do_one(pipe, trainer, pipe.recv_bytes())
@@ -211,15 +215,16 @@ class FarTrainer:
     """The data side's trainer as the runner sees it: without memory of any task."""
 
     def __init__(self, limit_s: float = _LIMIT_S) -> None:
+        self.session = ""
         self._pipe: Connection | None = None
         self._lock = threading.Lock()
         self._limit_s = limit_s
 
-    def attach(self, pipe: Connection) -> None:
+    def attach(self, pipe: Connection, session: str = "") -> None:
         """Take tasks over this connection from now on; the one before is dropped."""
         with self._lock:
             self._drop()
-            self._pipe = pipe
+            self._pipe, self.session = pipe, session
 
     @property
     def attached(self) -> bool:
@@ -318,7 +323,8 @@ class Hatch:
         with suppress(EOFError, OSError):
             purpose = pipe.recv_bytes(16) if pipe.poll(_GREETING_S) else b""
             if purpose == TASKS:
-                self.trainer.attach(pipe)
+                session = pipe.recv_bytes(256) if pipe.poll(_GREETING_S) else b""
+                self.trainer.attach(pipe, session.decode("ascii", "replace"))
                 return
             while purpose == CALLS:
                 method, body = pipe.recv_bytes(256), pipe.recv_bytes(_MAX_CALL)

@@ -63,6 +63,8 @@ def serve(
         hatch.start()
         said(f"Line of {site}: waiting for the data side at {socket}.")
         tell("READY=1", "STATUS=waiting for the data side")
+        for text in enrolment.ending(home):
+            said(text)
         try:
             while not stopping.is_set():
                 try:
@@ -88,10 +90,11 @@ def _carry(
     hatch.line, renewed = line, time.monotonic()
     try:
         with ExitStack() as work:
-            busy = False
+            busy, session = False, ""
             while not stopping.wait(_LOOK_S):
-                if hatch.trainer.attached != busy:
-                    busy = not busy
+                there = hatch.trainer.attached
+                if there != busy or (there and hatch.trainer.session != session):
+                    busy, session = there, hatch.trainer.session
                     said("The data side is there." if busy else "The data side is gone.")
                     tell(f"STATUS={'working' if busy else 'waiting for the data side'}")
                     work.close()
@@ -111,7 +114,7 @@ def _working(home: Home, hatch: Hatch, line: Line, site: str) -> Iterator[None]:
     from medfl.client.runner import Node, Runner
     from medfl.client.tunnel import Forwarder
 
-    forwarder = Forwarder(line.channel)
+    forwarder = Forwarder(line.channel, hatch.trainer.session)
     node = Node(forwarder, home.folder / "node")
     runner = Runner(site, node, hatch.trainer, forwarder.mail)
     node.start(forwarder.start())

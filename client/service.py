@@ -22,12 +22,14 @@ from pydantic import ConfigDict
 from medfl import __version__
 from medfl.client import consent, enrolment, hatch, witness
 from medfl.client.coordinator import Line
+from medfl.client.ledger import Ledger
 from medfl.client.premises import Home
 from medfl.common.coordination import Bye, Done, Report
 from medfl.common.errors import FederationError, LogRolledBack, MedflError, PolicyRefused
 from medfl.common.kept import save_record
 from medfl.common.notify import tell
 from medfl.common.private_files import only_one
+from medfl.common.site import load_site
 from medfl.common.stopping import set_by_signals
 
 log = logging.getLogger(__name__)
@@ -60,19 +62,23 @@ def serve(
 
     Raises:
         PolicyRefused: the coordinator refuses this site for good (revoked, expired).
-        StorageError: another client runs on this folder.
+        ConfigError: others may write a file of this site.
+        StorageError: another client runs on this folder, its disk is full or a file damaged.
     """
     stopping = stopping or threading.Event()
     session, wait_s = secrets.token_hex(16), _FIRST_WAIT_S
     with only_one(home.folder / "client.lock", "medfl-client"), set_by_signals(stopping):
         home.record("client started")
         tell("READY=1")
+        for text in enrolment.ending(home):
+            said(text)
         while not stopping.is_set():
             started = time.monotonic()
             try:
                 _connection(home, site_file, session, said, stopping)
                 wait_s = _FIRST_WAIT_S
-            except MedflError as error:
+            except (FederationError, PolicyRefused) as error:
+                # What is wrong with this site's own files (ConfigError, StorageError) ends it.
                 if isinstance(error, PolicyRefused) and "try again in" not in str(error):
                     _note(home, "refused", str(error))
                     home.record("refused by the coordinator", why=str(error)[:500])
@@ -98,11 +104,12 @@ def _connection(
         enrolment.greet(home, line, session, __version__)
         consent.fetch(home, line)
         consent.send_all(home, line)
-        witness.exchange(home, line)
+        ledger = Ledger(load_site(site_file).ledger)
+        witness.exchange(home, line, ledger)
         said(f"Connected to {line.address}. Waiting for approved studies.")
         try:
-            with _working(home, site_file, line):
-                _report(home, line, session, said, stopping)
+            with _working(home, site_file, line, session):
+                _report(home, line, ledger, session, said, stopping)
         finally:
             try:
                 line.call("Bye", Bye(session), Done)
@@ -111,7 +118,7 @@ def _connection(
 
 
 @contextmanager
-def _working(home: Home, site_file: Path, line: Line) -> Iterator[None]:
+def _working(home: Home, site_file: Path, line: Line, session: str) -> Iterator[None]:
     """The processes that do the work, ended in the order that loses least."""
     from medfl.client.runner import Node, Runner, Trainer
     from medfl.client.tunnel import Forwarder
@@ -119,10 +126,10 @@ def _working(home: Home, site_file: Path, line: Line) -> Iterator[None]:
     argument = json.dumps({"state": str(home.folder), "site": str(site_file)})
     trainer = Trainer.for_hospitals(FINDER, argument, home.folder / "trainer.log")
     if hatch.is_hatch(line.address):
-        with hatch.attached(line.address, trainer):
+        with hatch.attached(line.address, trainer, session):
             yield
         return
-    forwarder = Forwarder(line.channel)
+    forwarder = Forwarder(line.channel, session)
     node = Node(forwarder, home.folder / "node")
     runner = Runner(home.enrolment().site, node, trainer, forwarder.mail)
     node.start(forwarder.start())
@@ -136,7 +143,12 @@ def _working(home: Home, site_file: Path, line: Line) -> Iterator[None]:
 
 
 def _report(
-    home: Home, line: Line, session: str, said: Callable[[str], None], stopping: threading.Event
+    home: Home,
+    line: Line,
+    ledger: Ledger,
+    session: str,
+    said: Callable[[str], None],
+    stopping: threading.Event,
 ) -> None:
     """Say every few seconds that this site is there; show the log's head when it has grown."""
     renewed = time.monotonic()
@@ -149,7 +161,7 @@ def _report(
                 said("Connected again.")
                 lost = False
             if home.audit.head().n != shown:
-                witness.exchange(home, line)
+                witness.exchange(home, line, ledger)
                 consent.fetch(home, line)
                 shown = home.audit.head().n
             _note(home, "connected")
@@ -157,6 +169,8 @@ def _report(
                 renewed = time.monotonic()
                 if enrolment.renew_if_due(home, line.address):
                     return
+                for text in enrolment.ending(home):
+                    said(text)
         except PolicyRefused as error:
             if "is not live" not in str(error):
                 raise

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medfl.common import cli
+from medfl.server.cli_lineage import plan_without
 from medfl.server.cli_operation import add_operation_commands
 from medfl.server.cli_report import report
 from medfl.server.cli_runs import add_run_commands
@@ -145,11 +146,14 @@ def start(
     """
     cli.log_to_stderr(verbose)
     from medfl.common.notify import tell
-    from medfl.server import service
+    from medfl.server import authority, service
     from medfl.server.settings import load_settings
 
     federation, _ = _opened(folder)
     settings = load_settings(folder, {"listen": listen})
+
+    for text in authority.ending(federation):
+        typer.echo(text, err=True)
 
     def ready(port: int) -> None:
         host = settings.listen.rpartition(":")[0]
@@ -189,6 +193,7 @@ def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
     lines = [
         f"{plain['name']}: the server {'runs' if pid else 'does not run'} "
         f"({settings.listen}); its certificate lasts {days:.0f} days.",
+        *authority.ending(federation),
         f"{plain['sites']} sites; studies: {', '.join(names) or 'none'}.",
         *(f"{r.id}: {r.state}, round {r.round} of {r.rounds}" for r in open_runs),
         f"Audit log: {plain['audit']}.",
@@ -354,6 +359,7 @@ def _show(plain: Any, lines: list[str], as_json: bool) -> None:
 
 # After the others: --help lists commands in the order in which they were added.
 add_run_commands(app)
+app.command("plan-without")(plan_without)
 app.command()(report)
 add_operation_commands(app)
 

@@ -177,6 +177,7 @@ def run_demo(out: Path, *, seed: int = 42) -> Path:
         FederationError: a command did not end as it should.
         Interrupted: somebody stopped the demonstration. Its processes are ended in any case.
     """
+    started = time.monotonic()
     with staged(out, Console(highlight=False)) as world:
         perform(world, seed)
         report = world.coordinator.folder / "report.html"
@@ -185,7 +186,8 @@ def run_demo(out: Path, *, seed: int = 42) -> Path:
         world.stage.console.print(
             "Open in a browser:\n"
             + "".join(f"  {page}\n" for page in pages)
-            + f"Everybody's files, also the logs: {out.resolve()}",
+            + f"Everybody's files, also the logs: {out.resolve()}\n"
+            f"{time.monotonic() - started:.0f} s",
             soft_wrap=True,
         )
         return report

@@ -54,13 +54,16 @@ def cards(run: Run, metric: str | None) -> list[tuple[str, str, str]]:
     found.append(("Hospitals", str(len(sites)), f"{run.facts.get('rounds')} rounds"))
     trained = words.total(s.n_train for s in sites)
     tested = words.total(s.n_test for s in sites)
-    found.append(("Training cases", trained, f"tested on {tested}"))
+    note = "test cases: few, or not told" if tested == words.NONE else f"tested on {tested}"
+    found.append(("Training cases", trained, note))
     private = [s.epsilon or 0.0 for s in run.private_sites]
     found.append(
         ("Largest ε", words.epsilon(max(private)), f"at {len(private)} of {len(sites)} hospitals")
         if private
         else ("Privacy loss ε", "no bound", "no differential privacy")
     )
+    if run.site_epsilon is not None:
+        found.append(("ε of a whole hospital", words.epsilon(run.site_epsilon), "on the sum"))
     return found
 
 

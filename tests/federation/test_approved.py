@@ -7,14 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from medfl.client import approved, consent
 from medfl.client.approved import Approved
+from medfl.client.composition import Charge
+from medfl.client.data.lineage import Used, lineage_path, rounds_with
 from medfl.client.data.own import own_cohort
 from medfl.client.premises import Enrolment, Home
-from medfl.common import config, study_text
-from medfl.common.errors import PolicyRefused
+from medfl.common import config, heads, study_text
+from medfl.common.audit import Head
+from medfl.common.errors import PolicyRefused, StorageError
 from medfl.common.kept import save_record
 from medfl.common.messages import Instruction, Reply, pack
 from medfl.common.private_files import private_folder
@@ -132,6 +136,21 @@ def test_a_study_altered_on_the_hospitals_disk_is_refused(world: World) -> None:
         world.find()
 
 
+def test_nothing_is_run_on_a_ledger_that_was_put_back(world: World) -> None:
+    world.approve()
+    hospital, home = world.find(), world.finder.home
+    charge = Charge(world.study.digest, "tiny", "r", "training", 1, 4.0, 0.5, 5)
+    hospital.ledger.reserve(charge, ["a", "b"])
+    word = hospital.ledger.sealed("T\x1fnorth\x1f1")
+    shown = heads.witness(home.signing_key(), "ledger:north", "north", Head(1, word), 0)
+    save_record(home.folder / "ledger_shown.json", shown)
+    world.find()
+    (hospital.ledger.folder / "ledger.jsonl").unlink()
+    (hospital.ledger.folder / "key").unlink()
+    with pytest.raises(PolicyRefused, match="begun anew"):
+        world.find()
+
+
 def test_each_answer_is_sealed_and_noted(world: World) -> None:
     asked = Instruction(kind="round", study_digest=world.study.digest, run="r", round=3)
     envelope = pack(Reply(site="north", round=3))
@@ -143,6 +162,39 @@ def test_each_answer_is_sealed_and_noted(world: World) -> None:
     assert content_of(bare) == content_of(envelope)
     (line,) = world.finder.home.audit.lines()
     assert line["about"]["content"] == found.content
+
+
+def test_an_update_is_in_the_lineage_before_it_leaves(world: World) -> None:
+    world.approve()
+    hospital = world.find()
+    asked = Instruction("round", world.study.digest, "r", round=2, model="m1")
+    delta = {"w": np.zeros(1, np.float32)}
+    path = lineage_path(load_site(world.finder.site_file))
+    for nothing in (pack(Reply(site="north")), pack(Reply(site="north", refusal="out of memory"))):
+        world.finder.seal("{}", asked, nothing)
+    world.finder.seal("{}", Instruction("finish", world.study.digest, "r"), pack(Reply("north")))
+    assert not path.exists()
+    world.finder.seal("{}", asked, pack(Reply(site="north", delta=delta)))
+    patient = hospital.patients("train")[0]
+    assert rounds_with(path, patient) == (
+        Used(world.study.digest, "r", hospital.cohort.digest, 2, "m1"),
+    )
+    assert rounds_with(path, hospital.patients("test")[0]) == ()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StorageError, match="lineage"):
+        world.finder.seal("{}", asked, pack(Reply(site="north", delta=delta)))
+
+
+def test_nothing_is_begun_on_a_full_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    world.approve()
+    true = os.statvfs(world.finder.home.folder)
+    full = os.statvfs_result([*true[:4], 0, *true[5:]])
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        world.find()
 
 
 def test_a_new_run_starts_without_what_the_last_one_left(world: World) -> None:
