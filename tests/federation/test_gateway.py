@@ -36,7 +36,13 @@ from medfl.common.coordination import (
     Studies,
     Welcome,
 )
-from medfl.common.errors import ConfigError, FederationError, LogRolledBack, PolicyRefused
+from medfl.common.errors import (
+    ConfigError,
+    FederationError,
+    LogRolledBack,
+    PolicyRefused,
+    StorageError,
+)
 from medfl.common.heads import Witness
 from medfl.common.invitation import Token
 from medfl.common.signing import public_of
@@ -375,6 +381,27 @@ def test_the_gateway_refuses_to_start_with_an_expired_certificate(world: World) 
     Gateway(world.federation, world.settings).stop(0)
     world.clock.offset = 3651 * DAY_S
     with pytest.raises(ConfigError, match="authority has expired"):
+        Gateway(world.federation, world.settings)
+
+
+def test_certificates_in_their_last_two_weeks_are_named_on_both_sides(world: World) -> None:
+    home = world.joined("a")
+    assert enrolment.ending(home) == authority.ending(world.federation) == []
+    world.clock.offset = 80 * DAY_S
+    assert [text[:41] for text in enrolment.ending(home)] == [
+        "This site's certificate ends in 10 days. "
+    ]
+    assert [text[:43] for text in authority.ending(world.federation)] == [
+        "The gateway's certificate ends in 10 days. "
+    ]
+    world.clock.offset = (authority.AUTHORITY_DAYS - 3) * DAY_S
+    assert any("authority ends in 3 days" in text for text in enrolment.ending(home))
+    assert any("authority ends in 3 days" in text for text in authority.ending(world.federation))
+
+
+def test_the_gateway_refuses_to_start_with_a_damaged_signing_key(world: World) -> None:
+    (world.federation.keys / "coordinator.key").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"coordinator\.key: is empty"):
         Gateway(world.federation, world.settings)
 
 
