@@ -41,7 +41,11 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
     ):
         for command in commands.split():
             assert main([*command.split("."), "--help"]) == 0
-            assert "Example: medfl-" in capsys.readouterr().out, command
+            out = capsys.readouterr().out
+            assert "Example: medfl-" in out, command
+            assert "\\[" not in out, command
+    client_cli.main(["enrol", "--help"])
+    assert capsys.readouterr().out.count("host:port of the coordinator.") == 1
 
 
 def test_init_says_the_next_step_and_is_idempotent(
@@ -155,6 +159,18 @@ def test_the_clients_settings_come_from_file_then_environment_then_flags(
     (tmp_path / "client.toml").unlink()
     assert client_cli.main(["status"]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["start", "approve"])
+def test_a_policy_that_everybody_can_write_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text('name = "a"\n[data]\nformat = "table"\npath = "x.csv"\n')
+    site.chmod(0o666)
+    argv = [command, *(["tiny"] if command == "approve" else []), "--site", str(site)]
+    assert client_cli.main([*argv, "--state", str(tmp_path / "state")]) == 2
+    assert "every user of this machine may change it" in capsys.readouterr().err
 
 
 @pytest.mark.slow
