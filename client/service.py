@@ -159,7 +159,8 @@ def _report(
             line.call("Report", Report(session, "connected"), Done)
             if lost:
                 said("Connected again.")
-                lost = False
+                # Whoever is back may have been put back from a backup: look at its log now.
+                lost, shown = False, -1
             if home.audit.head().n != shown:
                 witness.exchange(home, line, ledger)
                 consent.fetch(home, line)
