@@ -32,6 +32,8 @@ from medfl.common.private_files import only_one
 log = logging.getLogger(__name__)
 
 _REPORT_S = 5.0
+# Sites that enrolled meanwhile: their keys are needed in a secure sum.
+_GREET_S = 60.0
 _RENEW_S = 6 * 3600.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0
 FINDER = "medfl.client.approved:hospitals"
@@ -133,7 +135,7 @@ def _report(
     home: Home, line: Line, session: str, said: Callable[[str], None], stopping: threading.Event
 ) -> None:
     """Say every few seconds that this site is there; show the log's head when it has grown."""
-    renewed = time.monotonic()
+    renewed = greeted = time.monotonic()
     shown, lost = home.audit.head().n, False
     _note(home, "connected")
     while not stopping.wait(_REPORT_S):
@@ -142,6 +144,9 @@ def _report(
             if lost:
                 said("Connected again.")
                 lost = False
+            if time.monotonic() - greeted > _GREET_S:
+                greeted = time.monotonic()
+                enrolment.greet(home, line, session, __version__)
             if home.audit.head().n != shown:
                 witness.exchange(home, line)
                 consent.fetch(home, line)

@@ -26,7 +26,8 @@ from medfl.common.statistics import Shared
 from medfl.common.study import Study
 from medfl.common.tensors import Array, Tensors
 from medfl.server.records import Best, RoundRecord, named, round_record, size
-from medfl.server.roster import Roster, Sites, ask, prepare
+from medfl.server.roster import Roster, Sites, ask, ask_each, prepare
+from medfl.server.secure_round import SecureRound, Terms
 from medfl.strategies.admission import cleaned, fault_of, opened
 from medfl.strategies.catalogue import WEIGHTINGS, strategy_for
 from medfl.strategies.home import home_names
@@ -183,9 +184,13 @@ def _round(federation: _Federation, model: _Model, number: int) -> tuple[RoundRe
         control=model.control,
     )
     proportion = Proportion(remembered(model.state), study.federation.norm_limit)
-    admitted = _Admitted(federation, {n: roster[n] for n in drawn}, asked, proportion)
+    admitted: _Admitted | SecureRound
+    if study.secure_aggregation is None:
+        admitted = _Admitted(federation, {n: roster[n] for n in drawn}, asked, proportion)
+    else:
+        admitted = SecureRound(_terms(federation), drawn, asked)
     try:
-        combined = federation.strategy.combine(admitted, WEIGHTINGS[study.federation.weighting])
+        combined = admitted.combined()
     except TooFewUpdates as error:
         log.warning("round=%d is void: %s", number, error)
         combined = Combined({}, {}, 0)
@@ -226,6 +231,11 @@ class _Admitted:
         self.left_out: dict[str, str] = {}
         self.bytes_up = 0
 
+    def combined(self) -> Combined:
+        """The updates as the strategy makes one of them. Raises TooFewUpdates."""
+        federation = self._federation.study.federation
+        return self._federation.strategy.combine(self, WEIGHTINGS[federation.weighting])
+
     def __iter__(self) -> Iterator[Reply]:
         for reply in self._proportion.admit(self._sound()):
             self.replies.append(replace(reply, delta={}, control={}))
@@ -254,9 +264,22 @@ class _Admitted:
 
 def _ask(federation: _Federation, roster: Roster, asked: Instruction) -> Iterator[Reply]:
     """Replies that say nothing but what was asked."""
+    return _only_asked(federation, ask(federation.sites, roster, asked))
+
+
+def _terms(federation: _Federation) -> Terms:
+    """What a round of a secure sum needs of the federation."""
+
+    def each(asked: Mapping[str, Instruction]) -> Iterator[Reply]:
+        return _only_asked(federation, ask_each(federation.sites, federation.roster, asked))
+
+    return Terms(federation.study, federation.cases, federation.travels, each)
+
+
+def _only_asked(federation: _Federation, replies: Iterator[Reply]) -> Iterator[Reply]:
     task, evaluation = federation.study.task, federation.study.evaluation
     names = frozenset(evaluation.metrics or default_metrics(task))
-    return (cleaned(reply, names) for reply in ask(federation.sites, roster, asked))
+    return (cleaned(reply, names) for reply in replies)
 
 
 def _judge_last(federation: _Federation, model: _Model) -> tuple[RoundRecord, _Model]:
