@@ -24,7 +24,10 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectUnavailableError,
+    pull_and_inflate_object_from_tree,
+)
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -105,10 +108,15 @@ class NodeGone(FederationError):
 
 
 class Tasks:
-    """The tasks of this site's SuperNode, for who knows its secret."""
+    """The tasks of this site's SuperNode, for who knows its secret.
 
-    def __init__(self, address: str, secret: str) -> None:
-        self._address = address
+    given_up: whether the SuperNode has stopped fetching what it lacks of a message.
+    """
+
+    def __init__(
+        self, address: str, secret: str, given_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._address, self._given_up = address, given_up
         signing = SuperExecAuthHttpInterceptor(
             master_secret=secret.encode(), protected_methods={_ACQUIRE}
         )
@@ -123,7 +131,7 @@ class Tasks:
         asked = runtime_pb2.AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
         try:
             found = self._calls.AcquireTask(asked)
-            return Task(self._address, found.token) if found.token else None
+            return Task(self._address, found.token, self._given_up) if found.token else None
         except httpx.HTTPError as error:
             raise NodeGone(f"no task could be taken ({type(error).__name__})") from error
 
@@ -135,15 +143,20 @@ class Tasks:
 class Task:
     """One message to this site, and its answer. What code came with it is bytes and stays bytes."""
 
-    def __init__(self, address: str, token: str) -> None:
+    def __init__(self, address: str, token: str, given_up: Callable[[], bool]) -> None:
         self._calls = _runtime(address, RuntimeTokenHttpInterceptor(token=token))
         self._beat = HeartbeatSender(self._heartbeat)
+        self._given_up = given_up
         given = self._call(self._calls.PullTaskInput, runtime_pb2.PullTaskInputRequest())
         self._context = given.context
         self.run_id, self.node_id = int(given.context.run_id), int(given.context.node_id)
         self.bundle = bytes(given.fab.content)
         self._beat.start()
-        self.message = self._message()
+        try:
+            self.message = self._message()
+        except NodeGone:
+            self.drop()
+            raise
 
     def _message(self) -> Message:
         """The message itself; Flower announces a task a little before its message is there."""
@@ -155,10 +168,20 @@ class Task:
         else:
             raise NodeGone("a task came without a message")
         tree, node = got.message_object_trees[0], Node(node_id=self.node_id)
+        pull = make_pull_object_fn_protobuf(self._calls.PullObject, node, self.run_id)
+
+        def pull_while_it_comes(object_id: str) -> bytes:
+            try:
+                return pull(object_id)
+            except ObjectUnavailableError:
+                if self._given_up():
+                    raise NodeGone("a message's run ended before all of it was here") from None
+                raise
+
         try:
             message = pull_and_inflate_object_from_tree(
                 tree,
-                make_pull_object_fn_protobuf(self._calls.PullObject, node, self.run_id),
+                pull_while_it_comes,
                 make_confirm_message_received_fn_protobuf(
                     self._calls.ConfirmMessageReceived, node, self.run_id
                 ),

@@ -164,6 +164,10 @@ class Node:
         """End it; it tells the coordinator that this site leaves."""
         self.child.stop()
 
+    def tasks(self) -> Tasks:
+        """What it has for this site to do."""
+        return Tasks(self.address, self.secret, lambda: self._forwarder.has_given_up)
+
     def check(self) -> None:
         """Replace a SuperNode that lives and does nothing."""
         if self.child.pid is not None and self._forwarder.silent_s > _SILENT_S:
@@ -214,7 +218,7 @@ class Runner:
                 at = self._node.address + self._node.secret
                 if tasks is not None:
                     tasks.close()
-                tasks = Tasks(self._node.address, self._node.secret) if at else None
+                tasks = self._node.tasks() if at else None
             self._node.check()
             try:
                 done = tasks is not None and self._turn(tasks)

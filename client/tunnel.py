@@ -33,6 +33,8 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.2, 15.0
 # The SuperNode gives a heartbeat 5 s and then tries again.
 _HEARTBEAT_S = 4.0
 _TIMEOUT_S = 900.0
+# Between two attempts at a part that is not there yet, the SuperNode waits up to 12 s.
+_QUIET_S, _OVER_QUIET_S = 20.0, 2.0
 _HELD_TIMEOUT_S = 60.0
 # What a SuperNode understands: done, start anew (401), the run is over (403).
 _UNDERSTOOD = {200, 401, 403}
@@ -51,6 +53,7 @@ class Forwarder:
         self.session = secrets.token_hex(16)
         self.stopping = threading.Event()
         self.heard = time.monotonic()
+        self._fetch = _Fetch()
         self._ask: Any = channel.unary_unary(
             tunnel.METHOD, request_serializer=None, response_deserializer=None
         )
@@ -75,9 +78,25 @@ class Forwarder:
         """Seconds since the SuperNode last made a call: it sends heartbeats while it is well."""
         return time.monotonic() - self.heard
 
+    @property
+    def has_given_up(self) -> bool:
+        """Whether the SuperNode has stopped fetching a message of which it lacks something.
+
+        It does so for good when the message's run ends meanwhile, and tells nobody.
+        """
+        return self._fetch.quiet_s > (_OVER_QUIET_S if self._fetch.over else _QUIET_S)
+
     def forward(self, path: str, headers: dict[str, str], body: bytes, tick: Tick) -> Answer:
         """The coordinator's answer. `tick` is called while it takes time; it may raise OSError."""
         self.heard = time.monotonic()
+        if path not in tunnel.FETCH:
+            return self._forward(path, headers, body, tick)
+        with self._fetch:
+            answer = self._forward(path, headers, body, tick)
+            self._fetch.over = answer.status == 403
+            return answer
+
+    def _forward(self, path: str, headers: dict[str, str], body: bytes, tick: Tick) -> Answer:
         call = Call(secrets.token_hex(16), path, headers | {tunnel.SESSION: self.session}, body)
         patience_s = _HEARTBEAT_S if path == tunnel.HEARTBEAT else float("inf")
         started, wait_s = time.monotonic(), _FIRST_WAIT_S
@@ -85,6 +104,7 @@ class Forwarder:
             answer = self._once(call, started + patience_s - time.monotonic(), tick)
             if answer is not None and answer.status in _UNDERSTOOD:
                 if path == tunnel.PULL and answer.body:
+                    self._fetch.begin()
                     self.mail.set()
                 return answer
             if answer is not None and answer.status == 0:
@@ -124,6 +144,38 @@ class Forwarder:
             return None
         finally:
             asked.cancel()
+
+
+class _Fetch:
+    """The SuperNode's calls for parts of a message. over: the last answer was that the run is."""
+
+    clock = staticmethod(time.monotonic)
+
+    def __init__(self) -> None:
+        self.over = False
+        self._running = 0
+        self._last = self.clock()
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """A message was announced."""
+        with self._lock:
+            self.over, self._last = False, self.clock()
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds since the announcement or the last call's end; 0 while a call goes on."""
+        with self._lock:
+            return 0.0 if self._running else self.clock() - self._last
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._running += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._lock:
+            self._running -= 1
+            self._last = self.clock()
 
 
 class _Server(ThreadingHTTPServer):

@@ -20,7 +20,8 @@ class Decision:
     """verdict: approved, or withdrawn (then cohort, cases and expiry say nothing).
 
     study, cohort: digests. cases: training cases of the cohort (under privacy the declared number),
-    the most that the site may claim as its weight. at, expires: seconds since 1970. signature: by the site's pinned key.
+    the most that the site may claim as its weight. at, expires: seconds since 1970. signature: by
+    the site's pinned key.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)

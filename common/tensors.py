@@ -111,6 +111,14 @@ def load(path: Path) -> dict[str, Array]:
         ) from None
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What was written beside the arrays of a file that `load` can read."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return dict(file.metadata() or {})
+
+
 def write_atomic(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Write next to `path`, flush to disk, then rename over it. Raises StorageError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")

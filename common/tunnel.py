@@ -44,6 +44,8 @@ ALLOWED: Mapping[str, int] = MappingProxyType(
     }
 )
 PULL = _CALLS + "pull-messages"
+# What a SuperNode calls between a message's announcement and having all of it.
+FETCH = frozenset(_CALLS + n for n in ("get-run", "get-fab", "pull-object"))
 SESSION = "medfl-session"
 # On the coordinator's own machine: proves that a call comes from the gateway or the engine.
 KEY_HEADER = "x-medfl-key"

@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from medfl.server.federation import Federation
+    from medfl.server.records import RoundRecord
     from medfl.server.runs import Run
 
 Folder = Annotated[
@@ -27,10 +28,11 @@ model_app = typer.Typer(no_args_is_help=True, help="Get the model of a run.")
 
 
 def add_run_commands(app: typer.Typer) -> None:
-    """Add `study`, `run`, `runs` and `model` to the command."""
+    """Add `study`, `run`, `resume`, `runs` and `model` to the command."""
     app.add_typer(study_app, name="study")
     app.add_typer(model_app, name="model")
     app.command()(run)
+    app.command()(resume)
     app.command()(runs)
 
 
@@ -115,14 +117,35 @@ def run(
         lines = [f"Asked for {asked.id}.", f"Next: medfl-server runs --folder {folder}"]
         _show({"run": asked.id, "state": asked.state}, lines, as_json)
         return
-    if service.running_pid(federation) is None:
+    if service.running_pid(federation) is None and not as_json:
         typer.echo(f"The server does not run; start it: medfl-server start --folder {folder}")
-    over = _follow(federation, asked.id, quiet=as_json)
-    lines = [f"{over.id}: {over.state} after {over.round} rounds. {over.why}".rstrip()]
-    if over.state == "done":
-        lines.append(f"Next: medfl-server model get {over.id} --out model.safetensors")
-    _show(_plain(over), lines, as_json)
-    raise typer.Exit(over.exit_code)
+    _look_on(federation, asked.id, as_json)
+
+
+def resume(
+    run: Annotated[str, typer.Argument(help="A run that failed, was stopped or is paused.")],
+    folder: Folder = HERE,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Only ask for it; look with `runs`.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a run after the last round that it finished.
+
+    What a server left running when it ended goes on by itself at the next start.
+
+    Example: medfl-server resume lung-20270115-080000-ab12 --folder ~/fed
+    """
+    from medfl.server import runs as queue
+    from medfl.server.settings import open_federation
+
+    federation = open_federation(folder)
+    again = queue.resume(federation, run)
+    if detach:
+        lines = [f"{run} goes on after round {again.round}.", "Next: medfl-server runs"]
+        _show(_plain(again), lines, as_json)
+        return
+    _look_on(federation, run, as_json)
 
 
 def runs(folder: Folder = HERE, as_json: AsJson = False) -> None:
@@ -163,39 +186,47 @@ def get(
     _show({"file": str(out), "sha256": digest}, [f"{out}  SHA-256 {digest}"], as_json)
 
 
+def _look_on(federation: Federation, run_id: str, as_json: bool) -> None:
+    """Show a run to its end, and exit with its code."""
+    over = _follow(federation, run_id, quiet=as_json)
+    lines = [f"{over.id}: {over.state} after {over.round} rounds. {over.why}".rstrip()]
+    if over.state == "done":
+        lines.append(f"Next: medfl-server model get {over.id} --out model.safetensors")
+    _show(_plain(over), lines, as_json)
+    raise typer.Exit(over.exit_code)
+
+
 def _follow(federation: Federation, run_id: str, *, quiet: bool) -> Run:
     """Tell what happens until the run is over."""
     from medfl.server import runs as queue
 
-    shown = 0
+    shown: RoundRecord | None = None
     missing: tuple[str, ...] = ("",)
     while True:
         now = queue.load(federation, run_id)
         if now.state == "waiting" and now.missing != missing and not quiet:
             missing = now.missing
             typer.echo(f"Waiting. Missing: {'; '.join(missing) or 'nobody'}")
-        for plain in list(queue.progress(federation, run_id))[shown:]:
-            shown += 1
-            if not quiet:
-                typer.echo(_round_line(plain, now.rounds))
+        for record in queue.progress(federation, run_id):
+            if shown is None or record.round > shown.round:
+                shown = record
+                if not quiet:
+                    typer.echo(_round_line(record, now.rounds))
         if now.state in queue.OVER:
             return now
         time.sleep(_LOOK_S)
 
 
-def _round_line(plain: dict[str, Any], rounds: int) -> str:
+def _round_line(record: RoundRecord, rounds: int) -> str:
     metrics = " ".join(
         f"{name}={value:.4f}"
-        for name, value in list(plain["metrics"].items())[:3]
+        for name, value in list(record.metrics.items())[:3]
         if value is not None
     )
-    left_out = "".join(f"; without {s} ({why})" for s, why in sorted(plain["left_out"].items()))
-    void = " VOID" if plain["void"] else ""
-    sites = len(plain["sites"])
-    return (
-        f"round {plain['round']}/{rounds}{void}: {sites} sites, {plain['seconds']:.1f} s "
-        f"{metrics}{left_out}"
-    )
+    left_out = "".join(f"; without {s} ({why})" for s, why in sorted(record.left_out.items()))
+    void = " VOID" if record.void else ""
+    what = f"round {record.round}/{rounds}" if record.round <= rounds else "the last model"
+    return f"{what}{void}: {len(record.sites)} sites, {record.seconds:.1f} s {metrics}{left_out}"
 
 
 def _plain(run: Run) -> dict[str, Any]:

@@ -25,10 +25,11 @@ from medfl.common.errors import FederationError, StorageError
 from medfl.common.study import Study
 from medfl.common.tensors import Tensors
 from medfl.common.tunnel import KEY_HEADER
-from medfl.server.rounds import Outcome, RoundRecord, run_study
+from medfl.server.rounds import Earlier, Outcome, RoundRecord, run_study
 
 if TYPE_CHECKING:
     from medfl.server.admit import Door
+    from medfl.server.checkpoint import Checkpoint
     from medfl.server.register import Roster
     from medfl.server.tunnel import Gate
 
@@ -117,13 +118,19 @@ class Engine:
         run: str = "main",
         deadline_s: float = 3600.0,
         only: Collection[str] | None = None,
+        attempt: int = 0,
+        earlier: Earlier | None = None,
         on_round: Callable[[RoundRecord, Tensors], None] = lambda record, weights: None,
+        keep: Callable[[Checkpoint], None] = lambda checkpoint: None,
+        check: Callable[[], None] = lambda: None,
         bundle: bytes | None = None,
         door: Door | None = None,
     ) -> Outcome:
         """Run one study with the hospitals that are connected now, or those of them in `only`.
 
-        bundle: only for tests, which send what medfl never does. door: checks each answer's seal.
+        attempt, earlier, on_round, keep: as `run_study` takes them. check: called while sites are
+        waited for; what it raises ends the run. bundle: only for tests, which send what medfl
+        never does. door: checks each answer's seal.
 
         Raises:
             MedflError: what `run_study` raises, or the engine refused the run.
@@ -136,8 +143,18 @@ class Engine:
         )
         completed = False
         try:
-            sites = ConnectedSites(work, self.roster, deadline_s=deadline_s, only=only, door=door)
-            outcome = run_study(study, sites, seed=seed, run=run, on_round=on_round)
+            outcome = run_study(
+                study,
+                ConnectedSites(
+                    work, self.roster, deadline_s=deadline_s, only=only, door=door, check=check
+                ),
+                seed=seed,
+                run=run,
+                attempt=attempt,
+                earlier=earlier,
+                on_round=on_round,
+                keep=keep,
+            )
             completed = True
             return outcome
         finally:

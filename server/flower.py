@@ -14,6 +14,7 @@ from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
 from medfl.server.admit import Door
 from medfl.server.link import Malformed, Run, UploadBroken
+from medfl.server.patience import AWAY_S, Patience
 from medfl.server.register import Roster
 
 log = logging.getLogger(__name__)
@@ -67,10 +68,11 @@ class FlowerSites:
 class ConnectedSites:
     """`medfl.server.rounds.Sites` over a run of the engine; an address is a hospital's name.
 
-    deadline_s: for the answers to one question, counted from when it was asked; who has not
-        answered by then is a refusal. A hospital that came back without what it was given, because
-        its machine restarted, is asked again. only: who may take part; None = who is connected.
-    door: checks each answer's seal and approval.
+    deadline_s: the longest for the answers to one question, counted from when it was asked; what
+        sites took before shortens it (`Patience`). Who has not answered by then is a refusal. A
+        hospital that came back without what it was given, because its machine restarted, is asked
+        again. only: who may take part; None = who is connected.
+    door: checks each answer's seal and approval. check: called while waiting; it may raise.
     """
 
     def __init__(
@@ -81,9 +83,11 @@ class ConnectedSites:
         deadline_s: float = 3600.0,
         only: Collection[str] | None = None,
         door: Door | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._roster = run, roster
-        self._deadline_s, self._only, self._door = deadline_s, only, door
+        self._only, self._door, self._check = only, door, check
+        self._patience = Patience(deadline_s)
 
     def names(self) -> list[str]:
         """Who is connected and may take part, ascending."""
@@ -98,9 +102,20 @@ class ConnectedSites:
                 packed = asked, to_record(pack(asked))
             sent.append((site, asked, self._send(site, asked, packed[1])))
         packed = None
-        end = time.monotonic() + self._deadline_s
+        began = time.monotonic()
         for site, asked, message_id in sent:
-            yield self._reply(site, asked, message_id, end)
+            yield self._timed(site, asked, message_id, began)
+
+    def _timed(self, site: str, asked: Instruction, message_id: str | None, began: float) -> Reply:
+        """The reply within the time that this site has."""
+        patience, kind = self._patience, asked.kind
+        reply = self._reply(site, asked, message_id, began)
+        if reply.refusal in _UNANSWERED:
+            patience.missed(site, kind)
+        elif not reply.refusal:
+            # Never less than it took: an earlier site may have been waited for meanwhile.
+            patience.answered(site, kind, time.monotonic() - began)
+        return reply
 
     def _send(self, site: str, asked: Instruction, record: RecordDict) -> str | None:
         """The id to ask for the reply with; None where the site is not there."""
@@ -111,8 +126,10 @@ class ConnectedSites:
         self._roster.ring()
         return message_id
 
-    def _reply(self, site: str, asked: Instruction, message_id: str | None, end: float) -> Reply:
+    def _reply(self, site: str, asked: Instruction, message_id: str | None, began: float) -> Reply:
+        end = began + self._patience.allows_s(site, asked.kind)
         while True:
+            self._check()
             version = self._roster.version
             if message_id is None:
                 message_id = self._send(site, asked, to_record(pack(asked)))
@@ -130,8 +147,10 @@ class ConnectedSites:
                     return self._checked(site, asked, got)
                 if got is _GONE:
                     message_id = None
-            if time.monotonic() >= end:
-                why = "not connected" if self._roster.node_of(site) is None else "late"
+            away_s = min(self._roster.away_s(site), time.monotonic() - began)
+            given_up = away_s >= AWAY_S and not self._roster.at_work()
+            if given_up or time.monotonic() >= end:
+                why = _AWAY if away_s else _LATE
                 return Reply(site=site, round=asked.round, refusal=why)
             # The bell tells when an answer has come; looking by ourselves is for safety.
             self._roster.wait(version, min(_LOOK_S, max(0.01, end - time.monotonic())))
@@ -165,6 +184,8 @@ class ConnectedSites:
         return reply
 
 
+_AWAY, _LATE = "not connected", "late"
+_UNANSWERED = (_AWAY, _LATE)
 # Flower gave a message up: it is to be sent again once the site is there.
 _GONE = object()
 _LOOK_S = 0.5

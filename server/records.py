@@ -16,7 +16,7 @@ class RoundRecord:
     """What a person may see of one round. Metrics are those of the model that the round received.
 
     metrics: mean over the sites. sites: one plain record a site. left_out: site -> why.
-    void: too few updates; the model did not change.
+    void: too few updates; the model did not change. model: digest of the weights after the round.
     """
 
     run: str
@@ -29,6 +29,7 @@ class RoundRecord:
     void: bool
     bytes_down: int
     bytes_up: int
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ class Roster:
         self._changed = threading.Condition()
         self._version = 0
         self._places: dict[str, _Place] = {}
+        self._heard: dict[str, float] = {}
         self._lost: set[str] = set()
 
     def ring(self) -> None:
@@ -52,6 +53,7 @@ class Roster:
             if before is not None:
                 self._lost |= before.given
             self._places[site] = _Place(node_id, time.monotonic())
+            self._heard[site] = time.monotonic()
         self.ring()
 
     def heard(self, site: str, node_id: int) -> None:
@@ -59,6 +61,7 @@ class Roster:
         with self._changed:
             place = self._places.setdefault(site, _Place(node_id, 0.0))
             place.node_id, place.heard = node_id, time.monotonic()
+            self._heard[site] = place.heard
 
     def left(self, site: str) -> None:
         """The site's SuperNode has said goodbye."""
@@ -95,6 +98,17 @@ class Roster:
             if place is None or time.monotonic() - place.heard > GONE_AFTER_S:
                 return None
             return place.node_id
+
+    def away_s(self, site: str) -> float:
+        """Seconds since the site was heard, if it is not connected now; 0 where it is."""
+        if self.node_of(site) is not None:
+            return 0.0
+        with self._changed:
+            return time.monotonic() - self._heard.get(site, float("-inf"))
+
+    def at_work(self) -> bool:
+        """Whether a connected site has something that it has not answered."""
+        return any(self._places[site].given for site in self.sites())
 
     def sites(self) -> list[str]:
         """Names of the connected sites, in order."""

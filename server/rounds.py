@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,8 +25,9 @@ from medfl.common.seeds import derive
 from medfl.common.statistics import Shared
 from medfl.common.study import Study
 from medfl.common.tensors import Array, Tensors
+from medfl.server.checkpoint import Checkpoint, Model
 from medfl.server.records import Best, RoundRecord, named, round_record, size
-from medfl.server.roster import Roster, Sites, ask, ask_each, prepare
+from medfl.server.roster import Prepared, Roster, Sites, ask, ask_each, prepare
 from medfl.server.secure_round import SecureRound, Terms
 from medfl.strategies.admission import cleaned, fault_of, opened
 from medfl.strategies.catalogue import WEIGHTINGS, strategy_for
@@ -54,29 +55,28 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class _Federation:
-    """What stays the same over all rounds.
+class Earlier:
+    """What an interrupted run has done. records: of the rounds up to the checkpoint's."""
 
-    cases: training cases that each site announced. travels: parameters that sites send.
-    """
+    checkpoint: Checkpoint
+    records: Sequence[RoundRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class _Federation:
+    """What stays the same over all rounds. travels: parameters that sites send."""
 
     study: Study
     strategy: Strategy
     sites: Sites
-    roster: Roster
-    cases: Mapping[str, int]
+    prepared: Prepared
     say: Instruction
     travels: frozenset[str]
 
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What changes from round to round. control: the coordinator's control variate (SCAFFOLD)."""
-
-    weights: Tensors
-    control: Tensors
-    state: ServerState
-    best: Best
+    @property
+    def roster(self) -> Roster:
+        """Who takes part."""
+        return self.prepared.roster
 
 
 def run_study(
@@ -85,9 +85,16 @@ def run_study(
     *,
     seed: int,
     run: str = "main",
+    attempt: int = 0,
+    earlier: Earlier | None = None,
     on_round: Callable[[RoundRecord, Tensors], None] = lambda record, weights: None,
+    keep: Callable[[Checkpoint], None] = lambda checkpoint: None,
 ) -> Outcome:
     """Train one study with these sites; the same seed and sites give the same weights, bit by bit.
+
+    attempt, earlier: where an interrupted run is taken up, how often it was, and where it stood;
+        it ends with the weights that it would have had, as far as sites train by the seed alone.
+    keep: what each round leaves, before `on_round` tells of it.
 
     Raises:
         ConfigError: the study names what the catalogues do not have.
@@ -95,17 +102,21 @@ def run_study(
             the best round would be chosen by what private hospitals do not tell.
     """
     started = time.monotonic()
+    say = Instruction(
+        kind="prepare", study_digest=study.digest, run=run, attempt=attempt, seed=seed
+    )
+    prepared = earlier.checkpoint.prepared if earlier else prepare(study, sites, say)
+    _refuse_unseen_choice(study, prepared.shared)
+    say = replace(say, shared=statistics.statistics_to_plain(prepared.shared))
     strategy = strategy_for(study)
-    say = Instruction(kind="prepare", study_digest=study.digest, run=run, seed=seed)
-    found = prepare(study, sites, say)
-    shared, refused = found.shared, found.refused
-    _refuse_unseen_choice(study, shared)
-    say = replace(say, shared=statistics.statistics_to_plain(shared))
-    model, travels = _start(study, strategy, shared, seed)
-    federation = _Federation(study, strategy, sites, found.roster, found.cases, say, travels)
-    records = []
-    for number in range(1, study.federation.rounds + 1):
+    model, travels = _start(study, strategy, prepared.shared, seed)
+    model = earlier.checkpoint.model if earlier else model
+    federation = _Federation(study, strategy, sites, prepared, say, travels)
+    records = list(earlier.records) if earlier else []
+    first = earlier.checkpoint.record.round + 1 if earlier else 1
+    for number in range(first, study.federation.rounds + 1):
         record, model = _round(federation, model, number)
+        keep(Checkpoint(prepared, model, record))
         records.append(record)
         on_round(record, model.weights)
     if all(record.void for record in records):
@@ -126,11 +137,11 @@ def run_study(
         weights=weights,
         last=last,
         selected_round=kept,
-        shared=shared,
+        shared=prepared.shared,
         final=final,
         records=tuple(records),
         seconds=time.monotonic() - started,
-        refused=refused,
+        refused=prepared.refused,
     )
 
 
@@ -154,7 +165,7 @@ def draw(names: list[str], n: int | None, seed: int) -> list[str]:
 
 def _start(
     study: Study, strategy: Strategy, shared: Shared, seed: int
-) -> tuple[_Model, frozenset[str]]:
+) -> tuple[Model, frozenset[str]]:
     """The model that round 1 starts from, and the names of what sites send."""
     n_features = len(columns(study.record, shared)) if study.record is not None else None
     module = build_model(study, shared, n_features=n_features, seed=derive(seed, "weights"))
@@ -165,10 +176,10 @@ def _start(
         control = {n: np.zeros_like(a) for n, a in floating.items()}
     best = Best(study.federation.best_metric)
     travels = frozenset(floating) - home_names(module, strategy.local)
-    return _Model(weights, control, ServerState(), best), travels
+    return Model(weights, tensors.digest(weights), control, ServerState(), best), travels
 
 
-def _round(federation: _Federation, model: _Model, number: int) -> tuple[RoundRecord, _Model]:
+def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRecord, Model]:
     """One round: the model before it is judged, the model after it is returned."""
     started = time.monotonic()
     study, roster = federation.study, federation.roster
@@ -179,6 +190,7 @@ def _round(federation: _Federation, model: _Model, number: int) -> tuple[RoundRe
         kind="round",
         round=number,
         best_round=model.best.round,
+        model=model.digest,
         parts=("validation",),
         weights=model.weights,
         control=model.control,
@@ -205,10 +217,11 @@ def _round(federation: _Federation, model: _Model, number: int) -> tuple[RoundRe
     best = model.best.or_this(number - 1, record.metrics, model.weights)
     model = replace(model, best=best)
     model = model if record.void else _moved(federation, model, combined)
-    return record, replace(model, state=remember(model.state, proportion.median))
+    model = replace(model, state=remember(model.state, proportion.median))
+    return replace(record, model=model.digest), model
 
 
-def _moved(federation: _Federation, model: _Model, combined: Combined) -> _Model:
+def _moved(federation: _Federation, model: Model, combined: Combined) -> Model:
     weights, state = federation.strategy.server_step(model.weights, combined.delta, model.state)
     # c + |S|/N * mean of the changes: Karimireddy et al. 2020, eq. 5.
     share = combined.n_sites / len(federation.roster)
@@ -216,7 +229,8 @@ def _moved(federation: _Federation, model: _Model, combined: Combined) -> _Model
         n: (c + share * combined.control[n]).astype(c.dtype) if n in combined.control else c
         for n, c in model.control.items()
     }
-    return replace(model, weights=weights, state=state, control=control)
+    digest = tensors.digest(weights)
+    return replace(model, weights=weights, digest=digest, state=state, control=control)
 
 
 class _Admitted:
@@ -250,7 +264,7 @@ class _Admitted:
             kind = federation.study.federation.updates
             update, fault = opened(reply, asked, federation.travels, kind)
             if fault is None:
-                announced = federation.cases[update.site]
+                announced = federation.prepared.cases[update.site]
                 fault = fault_of(update, asked, federation.travels, announced)
             if fault is None:
                 yield update
@@ -273,7 +287,7 @@ def _terms(federation: _Federation) -> Terms:
     def each(asked: Mapping[str, Instruction]) -> Iterator[Reply]:
         return _only_asked(federation, ask_each(federation.sites, federation.roster, asked))
 
-    return Terms(federation.study, federation.cases, federation.travels, each)
+    return Terms(federation.study, federation.prepared.cases, federation.travels, each)
 
 
 def _only_asked(federation: _Federation, replies: Iterator[Reply]) -> Iterator[Reply]:
@@ -282,11 +296,16 @@ def _only_asked(federation: _Federation, replies: Iterator[Reply]) -> Iterator[R
     return (cleaned(reply, names) for reply in replies)
 
 
-def _judge_last(federation: _Federation, model: _Model) -> tuple[RoundRecord, _Model]:
+def _judge_last(federation: _Federation, model: Model) -> tuple[RoundRecord, Model]:
     """The last model's validation, which no later round reports, as a record of its own."""
     started, rounds = time.monotonic(), federation.study.federation.rounds
     asked = replace(
-        federation.say, kind="finish", round=rounds, parts=("validation",), weights=model.weights
+        federation.say,
+        kind="finish",
+        round=rounds,
+        model=model.digest,
+        parts=("validation",),
+        weights=model.weights,
     )
     replies = list(_ask(federation, federation.roster, asked))
     left_out = {r.site: r.refusal for r in replies if r.refusal}
@@ -296,7 +315,7 @@ def _judge_last(federation: _Federation, model: _Model) -> tuple[RoundRecord, _M
     return replace(record, round=rounds + 1), replace(model, best=best)
 
 
-def _kept(study: Study, model: _Model) -> tuple[int, Tensors]:
+def _kept(study: Study, model: Model) -> tuple[int, Tensors]:
     """Which round's model is published, and its weights."""
     if study.federation.keep == "best":
         if model.best.value is not None:
@@ -322,6 +341,7 @@ def _finish(
         kind="finish",
         round=kept,
         best_round=best_round,
+        model=tensors.digest(weights),
         parts=("validation", "test"),
         weights=weights,
     )

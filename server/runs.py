@@ -2,31 +2,35 @@
 
 runs/<id>/run.json        what was asked and how far it is     runs/<id>/stop   asks it to end
 runs/<id>/progress.jsonl  one line a round                     runs/<id>/model.safetensors
+runs/<id>/checkpoint-*    where it stands (`medfl.server.checkpoint`)
+
+waiting -> running -> done, or failed, stopped or paused; `resume` makes these three wait again, and
+so does the next start of the server with what was running when it ended.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
 from medfl.common.coordination import Published
 from medfl.common.errors import ConfigError, StorageError
-from medfl.common.kept import load_record, save_record
-from medfl.common.private_files import private_folder
+from medfl.common.kept import decoded, load_record, save_record
+from medfl.common.private_files import private_folder, write_private
 from medfl.common.signing import canonical
 from medfl.server.federation import Federation
+from medfl.server.records import RoundRecord
 
-State = Literal["waiting", "running", "done", "failed", "stopped"]
-OVER = ("done", "failed", "stopped")
+State = Literal["waiting", "running", "done", "failed", "stopped", "paused"]
+# Nothing more happens by itself.
+OVER = ("done", "failed", "stopped", "paused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,8 @@ class Run:
     """One run. created: seconds since 1970. wait_s: for the quorum. why: of a bad end.
 
     missing: sites that are waited for, each with the reason. exit_code: as `medfl-server run`.
-    model: SHA-256 of the model file, "" before there is one.
+    model: SHA-256 of the model file, "" before there is one. attempt: how often it was taken up
+    again.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -54,6 +59,7 @@ class Run:
     why: str = ""
     exit_code: int = 0
     model: str = ""
+    attempt: int = 0
 
 
 def folder_of(federation: Federation, run_id: str) -> Path:
@@ -126,6 +132,36 @@ def stop(federation: Federation, run_id: str) -> bool:
     return True
 
 
+def resume(federation: Federation, run_id: str) -> Run:
+    """Put a run that ended without a model back in the queue; it goes on after its last round.
+
+    Raises:
+        ConfigError: it has its model, or it is not over.
+    """
+    run = load(federation, run_id)
+    if run.state == "done":
+        raise ConfigError(f"{run_id}: is done; get its model with: medfl-server model get {run_id}")
+    if run.state not in OVER:
+        raise ConfigError(f"{run_id}: is {run.state}; it needs no resuming")
+    (folder_of(federation, run_id) / "stop").unlink(missing_ok=True)
+    federation.record("run to be resumed", run=run_id)
+    return _again(federation, run)
+
+
+def take_up(federation: Federation) -> list[Run]:
+    """Put the runs that a server left running back in the queue."""
+    left = [run for run in everything(federation) if run.state == "running"]
+    return [_again(federation, run) for run in left]
+
+
+def _again(federation: Federation, run: Run) -> Run:
+    queued = replace(
+        run, state="waiting", attempt=run.attempt + 1, why="", exit_code=0, ended=0.0, missing=()
+    )
+    save(federation, queued)
+    return queued
+
+
 def is_to_stop(federation: Federation, run_id: str) -> bool:
     """Whether somebody asked for its end."""
     return (folder_of(federation, run_id) / "stop").exists()
@@ -139,27 +175,47 @@ def end(federation: Federation, run: Run, state: State, why: str, exit_code: int
     return over
 
 
-def add_round(federation: Federation, run_id: str, plain: dict[str, Any]) -> None:
+def add_round(federation: Federation, run_id: str, record: RoundRecord) -> None:
     """One line of progress. Raises StorageError."""
-    path = folder_of(federation, run_id) / "progress.jsonl"
+    path = _progress_file(federation, run_id)
     try:
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, "ab") as file:
-            file.write(canonical(plain) + b"\n")
+            file.write(_line(record))
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def progress(federation: Federation, run_id: str) -> Iterator[dict[str, Any]]:
+def progress(federation: Federation, run_id: str) -> list[RoundRecord]:
     """The rounds so far; an unfinished last line is left out."""
-    path = folder_of(federation, run_id) / "progress.jsonl"
+    path, found = _progress_file(federation, run_id), []
     if path.exists():
         for line in path.read_bytes().splitlines():
             try:
-                plain = json.loads(line)
-            except ValueError:
+                found.append(decoded(line, RoundRecord))
+            except ValidationError:
                 continue
-            yield plain
+    return found
+
+
+def rewind(federation: Federation, run_id: str, last: RoundRecord) -> list[RoundRecord]:
+    """Make `last` the last line of progress, and return all: the run goes on after it."""
+    kept = [r for r in progress(federation, run_id) if r.round < last.round] + [last]
+    write_private(_progress_file(federation, run_id), b"".join(_line(r) for r in kept))
+    return kept
+
+
+def forget(federation: Federation, run_id: str) -> None:
+    """Drop the progress of a run that begins again from nothing."""
+    _progress_file(federation, run_id).unlink(missing_ok=True)
+
+
+def _progress_file(federation: Federation, run_id: str) -> Path:
+    return folder_of(federation, run_id) / "progress.jsonl"
+
+
+def _line(record: RoundRecord) -> bytes:
+    return canonical(asdict(record)) + b"\n"
 
 
 def model_of(federation: Federation, run_id: str) -> Path:

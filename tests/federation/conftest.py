@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +21,7 @@ import pytest
 
 from medfl.common import tunnel
 from medfl.common.study import Study, load_study
+from medfl.server import cli as server_cli
 
 if TYPE_CHECKING:
     from medfl.server.engine import Engine
@@ -266,3 +270,130 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     for world in made:
         world.server.stop(grace=1).wait()
         world.engine.stop()
+
+
+# --- the commands, in processes of their own ----------------------------------------------------
+
+TINY = """
+name = "tiny"
+[task]
+kind = "risk"
+classes = ["no", "yes"]
+[record]
+features = [{ name = "a" }, { name = "b" }]
+[model]
+name = "logistic"
+[training]
+learning_rate = 0.1
+batch_size = 8
+local_steps = 4
+[federation]
+rounds = 2
+min_sites = 2
+"""
+
+
+@pytest.fixture
+def fed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a new federation, which medfl-server then finds by itself."""
+    folder = tmp_path / "fed"
+    monkeypatch.setenv("MEDFL_SERVER_FOLDER", str(folder))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        listen = f"127.0.0.1:{probe.getsockname()[1]}"
+    assert server_cli.main(["init", str(folder), "--name", "Test", "--listen", listen]) == 0
+    return folder
+
+
+@pytest.fixture
+def write_study(tmp_path: Path) -> Callable[..., str]:
+    """write_study(rounds=2): the path of a small study file; text is replaced by keyword."""
+
+    def write(**replaced: str) -> str:
+        text = TINY
+        for old, new in replaced.items():
+            text = text.replace(f"{old} = 2", new)
+        (tmp_path / "study.toml").write_text(text)
+        return str(tmp_path / "study.toml")
+
+    return write
+
+
+class Processes:
+    """Commands in processes of their own; all are ended after the test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.all: list[subprocess.Popen[str]] = []
+        self.environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+    def start(self, module: str, *argv: str, until: str = "") -> subprocess.Popen[str]:
+        """Start; return once a line holds `until`."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"medfl.{module}.cli", *argv],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.folder,
+            env=self.environment,
+        )
+        self.all.append(process)
+        assert process.stdout is not None
+        told = ""
+        while until:
+            line = process.stdout.readline()
+            told += line
+            assert line, told
+            if until in line:
+                break
+        return process
+
+    def done(self, module: str, *argv: str) -> subprocess.CompletedProcess[str]:
+        """Run to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", f"medfl.{module}.cli", *argv],
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            env=self.environment,
+            timeout=120,
+            check=False,
+        )
+
+    def join(self, name: str, place: str = ".") -> list[str]:
+        """Enrol a hospital with 60 made-up patients; returns its options."""
+        home = self.folder / place / name
+        home.mkdir(parents=True)
+        points = np.random.default_rng(len(name)).normal(size=(60, 2))
+        rows = [
+            f"p{k},{a:.3f},{b:.3f},{'yes' if a > b else 'no'}" for k, (a, b) in enumerate(points)
+        ]
+        (home / "cases.csv").write_text("\n".join(["patient,a,b,label", *rows]))
+        (home / "site.toml").write_text(
+            f'name = "{name}"\n[data]\nformat = "table"\npath = "cases.csv"\n'
+        )
+        invited = json.loads(self.done("server", "invite", name, "--json").stdout)
+        listen = json.loads(self.done("server", "status", "--json").stdout)["listen"]
+        state = ["--state", str(home / "state")]
+        token = ["--token", invited["token"]]
+        enrolled = self.done("client", "enrol", listen, *token, *state, "--json")
+        assert enrolled.returncode == 0, enrolled.stderr
+        assert json.loads(enrolled.stdout)["fingerprint"] == invited["fingerprint"]
+        return [*state, "--site", str(home / "site.toml")]
+
+    @staticmethod
+    def ended(process: subprocess.Popen[str], within_s: float = 30) -> int:
+        """The exit code, once it has ended."""
+        process.communicate(timeout=within_s)
+        return process.returncode
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    """Where commands are started."""
+    made = Processes(tmp_path)
+    yield made
+    for process in made.all:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +18,6 @@ from medfl.server import cli as server_cli
 from medfl.server import runs
 from medfl.server.settings import open_federation
 
-STUDY = """
-name = "tiny"
-[task]
-kind = "risk"
-classes = ["no", "yes"]
-[record]
-features = [{ name = "a" }, { name = "b" }]
-[model]
-name = "logistic"
-[training]
-learning_rate = 0.1
-batch_size = 8
-local_steps = 4
-[federation]
-rounds = 2
-min_sites = 2
-"""
-
-
-@pytest.fixture
-def fed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "fed"
-    monkeypatch.setenv("MEDFL_SERVER_FOLDER", str(folder))
-    assert server_cli.main(["init", str(folder), "--name", "Test", "--listen", free()]) == 0
-    return folder
-
-
-def free() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
-
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
     """What medfl-server prints as JSON."""
@@ -62,17 +26,12 @@ def said(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-def write_study(folder: Path) -> str:
-    (folder / "study.toml").write_text(STUDY)
-    return str(folder / "study.toml")
-
-
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     for main, commands in (
         (
             server_cli.main,
             "init invite start status sites runs log stop revoke renew run "
-            "study.publish study.list model.get",
+            "resume study.publish study.list model.get",
         ),
         (
             client_cli.main,
@@ -137,13 +96,13 @@ def test_a_damaged_log_is_exit_code_7_and_names_the_line(
 
 
 def test_invitations_and_publications_are_listed(
-    fed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fed: Path, write_study: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     token = said(capsys, "invite", "st-marys")
     assert token["command"].startswith("medfl-client enrol COORDINATOR:")
     assert said(capsys, "sites")["sites"][0]["status"] == "invited"
-    first = said(capsys, "study", "publish", write_study(tmp_path))
-    assert said(capsys, "study", "publish", write_study(tmp_path)) == first
+    first = said(capsys, "study", "publish", write_study())
+    assert said(capsys, "study", "publish", write_study()) == first
     assert said(capsys, "study", "list")["studies"][0]["digest"] == first["digest"]
     asked = said(capsys, "run", "tiny", "--detach")
     assert said(capsys, "run", "tiny", "--detach") == asked
@@ -153,9 +112,12 @@ def test_invitations_and_publications_are_listed(
 
 
 def test_a_model_is_handed_out_only_as_it_was_written(
-    fed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fed: Path,
+    tmp_path: Path,
+    write_study: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    said(capsys, "study", "publish", write_study(tmp_path))
+    said(capsys, "study", "publish", write_study())
     run_id = said(capsys, "run", "tiny", "--detach")["run"]
     federation = open_federation(fed)
     file = runs.folder_of(federation, run_id) / "model.safetensors"
@@ -193,94 +155,20 @@ def test_the_clients_settings_come_from_file_then_environment_then_flags(
     assert "no such file" in capsys.readouterr().err
 
 
-class Processes:
-    """Commands in processes of their own; all are ended after the test."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.all: list[subprocess.Popen[str]] = []
-        self.environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-
-    def start(self, module: str, *argv: str, until: str = "") -> subprocess.Popen[str]:
-        """Start; return once a line holds `until`."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", f"medfl.{module}.cli", *argv],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=self.folder,
-            env=self.environment,
-        )
-        self.all.append(process)
-        assert process.stdout is not None
-        told = ""
-        while until:
-            line = process.stdout.readline()
-            told += line
-            assert line, told
-            if until in line:
-                break
-        return process
-
-    def done(self, module: str, *argv: str) -> subprocess.CompletedProcess[str]:
-        """Run to its end."""
-        return subprocess.run(
-            [sys.executable, "-m", f"medfl.{module}.cli", *argv],
-            capture_output=True,
-            text=True,
-            cwd=self.folder,
-            env=self.environment,
-            timeout=120,
-            check=False,
-        )
-
-
-def ended(process: subprocess.Popen[str], within_s: float = 30) -> int:
-    process.communicate(timeout=within_s)
-    return process.returncode
-
-
-@pytest.fixture
-def processes(tmp_path: Path) -> Iterator[Processes]:
-    made = Processes(tmp_path)
-    yield made
-    for process in made.all:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def join(work: Processes, fed: Path, name: str) -> list[str]:
-    """Enrol a hospital with 60 made-up patients; returns its options."""
-    home = work.folder / name
-    home.mkdir()
-    points = np.random.default_rng(len(name)).normal(size=(60, 2))
-    rows = [f"p{k},{a:.3f},{b:.3f},{'yes' if a > b else 'no'}" for k, (a, b) in enumerate(points)]
-    (home / "cases.csv").write_text("\n".join(["patient,a,b,label", *rows]))
-    (home / "site.toml").write_text(
-        f'name = "{name}"\n[data]\nformat = "table"\npath = "cases.csv"\n'
-    )
-    invited = json.loads(work.done("server", "invite", name, "--json").stdout)
-    listen = json.loads(work.done("server", "status", "--json").stdout)["listen"]
-    state = ["--state", str(home / "state")]
-    enrolled = work.done("client", "enrol", listen, "--token", invited["token"], *state, "--json")
-    assert enrolled.returncode == 0, enrolled.stderr
-    assert json.loads(enrolled.stdout)["fingerprint"] == invited["fingerprint"]
-    return [*state, "--site", str(home / "site.toml")]
-
-
 @pytest.mark.slow
-def test_from_invitation_to_model_in_real_processes(fed: Path, processes: Processes) -> None:
+def test_from_invitation_to_model_in_real_processes(
+    fed: Path, processes: Any, write_study: Callable[..., str]
+) -> None:
     work = processes
     server = work.start("server", "start", until="listening on")
     second = work.done("server", "start")
     assert second.returncode == 7
     assert "another medfl-server runs" in second.stderr
-    write_study(work.folder)
+    write_study()
     assert work.done("server", "study", "publish", "study.toml").returncode == 0
     clients = {}
     for name in ("north", "south"):
-        options = join(work, fed, name)
+        options = work.join(name)
         state = options[:2]
         assert "tiny" in work.done("client", "studies", *state).stdout
         unasked = work.done("client", "approve", "tiny", *options)
@@ -301,26 +189,24 @@ def test_from_invitation_to_model_in_real_processes(fed: Path, processes: Proces
     assert work.done("client", "audit", "verify", *clients["north"][1][:2]).returncode == 0
     # Revoked: the running client ends by itself, and says so by its exit code.
     assert work.done("server", "revoke", "south").returncode == 0
-    assert ended(clients["south"][0]) == 5
+    assert work.ended(clients["south"][0]) == 5
     # A quorum that is not there is named.
     missing = work.done("server", "run", "tiny", "--wait", "2")
     assert missing.returncode == 6
     assert "1 of the 2 sites" in missing.stdout
     for process in (clients["north"][0], server):
         process.send_signal(signal.SIGTERM)
-        assert ended(process) == 0
+        assert work.ended(process) == 0
 
 
 @pytest.mark.slow
-def test_the_server_ends_on_sigterm_and_leaves_nothing_running(
-    fed: Path, processes: Processes
-) -> None:
+def test_the_server_ends_on_sigterm_and_leaves_nothing_running(fed: Path, processes: Any) -> None:
     server = processes.start("server", "start", until="listening on")
     children = children_of(server.pid)
     assert children
     started = time.monotonic()
     assert processes.done("server", "stop").returncode == 0
-    assert ended(server) == 0
+    assert processes.ended(server) == 0
     assert time.monotonic() - started < 30
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
     assert not (fed / "state" / "server.pid").exists()

@@ -348,6 +348,31 @@ def test_a_call_waits_while_the_line_is_cut(line, superlink) -> None:
     assert got == [one_message()]
 
 
+def test_a_message_that_is_no_longer_fetched_is_given_up(line, superlink, monkeypatch) -> None:
+    """A SuperNode forgets a message whose run ends while it fetches it, and never says so."""
+    far, forwarder, address = line
+    clock = [1000.0]
+    monkeypatch.setattr("medfl.client.tunnel._Fetch.clock", staticmethod(lambda: clock[0]))
+    assert post(address, "activate-node", activation())[0] == 200
+    superlink.plan["pull-messages"] = lambda body: one_message()
+    clock[0] += 500
+    post(address, "pull-messages", pull().body)
+    assert not forwarder.has_given_up, "it has just been announced"
+    far.stop()
+    body = message_pb2.PullObjectRequest(node=Node(node_id=11)).SerializeToString()
+    fetching = threading.Thread(target=lambda: post(address, "pull-object", body))
+    fetching.start()
+    time.sleep(0.5)
+    clock[0] += 500
+    assert not forwarder.has_given_up, "the line is cut, and it waits"
+    superlink.plan["pull-object"] = lambda body: (403, b"")
+    far.start()
+    fetching.join(timeout=20)
+    assert not forwarder.has_given_up
+    clock[0] += 3
+    assert forwarder.has_given_up
+
+
 @pytest.mark.parametrize(("status", "given"), [(404, 401), (412, 401), (401, 401), (403, 403)])
 def test_a_supernode_gets_only_answers_that_it_understands(line, superlink, status, given) -> None:
     _, _, address = line

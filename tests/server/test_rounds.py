@@ -282,7 +282,7 @@ def test_a_sites_own_layers_of_the_best_round_serve_at_the_end(
 
     outcome = run_study(study, Here(here, spoil), seed=1)
     assert outcome.selected_round == 2
-    own = parameters(home.load_layers(here[0].state, 2))
+    own = parameters(home.layers(here[0].state).as_of(2))
     assert seen == {2: pytest.approx((1 - 1 / (1 + np.exp(-own.sum()))) ** 2, abs=1e-4)}
 
 
