@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from medfl.common.errors import FederationError
+from medfl.common.errors import FederationError, TooFewUpdates
 from medfl.common.messages import Instruction, Reply
 from medfl.common.secure.collector import Collector
 from medfl.common.secure.exchange import (
@@ -86,6 +86,8 @@ class SecureRound:
             else:
                 self._leave_out(reply.site, "keys in another name")
         study, asked = self._terms.study, self._asked
+        if len(adverts) < study.federation.min_sites:
+            raise TooFewUpdates(f"{len(adverts)} sites gave keys for a secure sum.")
         weigh = WEIGHTINGS[study.federation.weighting]
         share = study.secure_aggregation.threshold if study.secure_aggregation else 1.0
         return Agreement(

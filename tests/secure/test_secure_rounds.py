@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from medfl.client import hospital as module
+from medfl.client.hospital import answer
+from medfl.client.secure_site import simulated_identity
 from medfl.common import tensors
-from medfl.common.errors import FederationError
+from medfl.common.errors import FederationError, PolicyRefused
 from medfl.common.secure.updates import cap_of, scale_of
 from medfl.common.tensors import floats, l2_norm
+from medfl.server.rounds import run_study
 
 NAMES = tuple(f"h{i}" for i in range(5))
 SECURE = {"threshold": 0.5, "range": 2.0}
@@ -239,12 +243,51 @@ def test_a_round_is_not_summed_a_second_time_over_other_sites(table_study, wire,
     assert tensors.digest(again.weights) == tensors.digest(first.weights)
 
 
+def test_a_round_that_is_taken_up_again_masks_the_same_update_anew(
+    table_study, wire, train
+) -> None:
+    """A coordinator that died asks again under a new attempt: new keys, no second training."""
+    said = wire(table_study(SECURE, rounds=1))
+    said.hospitals = [
+        replace(h, simulated=False, identity=simulated_identity(h.name)) for h in said.hospitals
+    ]
+    study = said.hospitals[0].study
+    kept = []
+
+    def died(checkpoint):
+        kept.append(checkpoint.model.digest)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, said, seed=1, keep=died)
+    again = run_study(study, said, seed=1, attempt=1)
+    assert tensors.digest(again.weights) == kept[0]
+    rounds = [(json.loads(e.about), e.arrays["delta"]) for kind, e in said.heard if kind == "round"]
+    once, twice = rounds[:5], rounds[5:]
+    assert [about["seconds"] for about, _ in once] == [about["seconds"] for about, _ in twice]
+    digests = {tensors.digest(delta) for _, delta in rounds}
+    assert len(digests) == 10
+
+
+def test_a_hospital_without_an_identity_takes_no_part(table_study, wire, train) -> None:
+    said = wire(table_study(SECURE, rounds=1))
+    said.hospitals = [replace(h, simulated=False) for h in said.hospitals]
+    with pytest.raises(FederationError, match="study cannot be run there"):
+        train(said)
+
+
+def test_what_a_site_keeps_of_an_exchange_is_for_its_own_eyes(table_study, wire, train) -> None:
+    said = wire(table_study(SECURE, rounds=1))
+    train(said)
+    folder = said.hospitals[0].state / "secure"
+    assert folder.stat().st_mode & 0o077 == 0
+    assert {f.name for f in folder.iterdir()} == {"member.json", "summed.json"}
+    assert not any(f.stat().st_mode & 0o077 for f in folder.iterdir())
+
+
 def test_a_message_of_a_round_cannot_be_asked_twice(table_study, wire, train) -> None:
     said = wire(table_study(SECURE, rounds=1))
     train(said)
-    from medfl.client.hospital import answer
-    from medfl.common.errors import PolicyRefused
-
     for kind, why in (("round", "masked already"), ("shares", "shared already")):
         asked = next(a for name, a in said.asked if name == "h0" and a.kind == kind)
         with pytest.raises(PolicyRefused, match=why):
@@ -252,8 +295,6 @@ def test_a_message_of_a_round_cannot_be_asked_twice(table_study, wire, train) ->
 
 
 def test_a_plain_round_is_refused_where_the_study_has_masks(table_study, wire, train) -> None:
-    from medfl.client.hospital import answer
-
     said = wire(table_study(SECURE, rounds=1))
     train(said)
     asked = next(a for _, a in said.asked if a.kind == "round")
@@ -264,8 +305,6 @@ def test_a_plain_round_is_refused_where_the_study_has_masks(table_study, wire, t
 def test_an_update_that_is_not_finite_stays_at_the_hospital(
     table_study, wire, train, monkeypatch
 ) -> None:
-    from medfl.client import hospital as module
-
     said = wire(table_study(SECURE, rounds=1))
     real = module._leaving
 
