@@ -1,8 +1,9 @@
 """The hospital in a secure sum: keys before a round, a masked update in it, shares after it.
 
-What a site knows of the present exchange lies in `state/secure`, readable by nobody else, and is
-written before the answer leaves: after a crash it masks nothing twice, and takes masks off for no
-second sum. The secrets serve one round and are written over by the next one's.
+Keys and shares of the next round ride on this round's answers where the coordinator asks for them.
+What a site knows of an exchange lies in `state/secure`, readable by nobody else, and is written
+before the answer leaves: after a crash it masks nothing twice, and takes masks off for no second
+sum. The secrets serve one round; those of the last two rounds are kept.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from medfl.common.kept import load_record, save_record
 from medfl.common.messages import Instruction, Reply
 from medfl.common.secure import member as steps
 from medfl.common.secure.exchange import (
+    Advert,
     Agreement,
     Exchange,
+    Outbox,
     Present,
     Unmask,
+    Unmasked,
     as_plain,
     from_plain,
     threshold_of,
@@ -78,24 +82,31 @@ def simulated_identity(site: str) -> Identity:
 def keys(hospital: Hospital, asked: Instruction) -> Reply:
     """Make this round's keys."""
     _agreed(hospital)
-    member = steps.advertise(_exchange(asked), hospital.name, _identity(hospital).key)
-    _keep(hospital, member)
-    return Reply(site=hospital.name, secure=as_plain(member.advert))
+    return Reply(site=hospital.name, secure=as_plain(_new_keys(hospital, _exchange(asked))))
 
 
 def shares(hospital: Hospital, asked: Instruction) -> Reply:
     """Check everybody's keys, and share this site's secrets with those who hold them."""
-    agreement = from_plain(asked.secure, Agreement)
-    n = len(agreement.adverts)
+    outbox = _shared(hospital, _exchange(asked), from_plain(asked.secure, Agreement))
+    return Reply(site=hospital.name, secure=as_plain(outbox))
+
+
+def _new_keys(hospital: Hospital, exchange: Exchange) -> Advert:
+    member = steps.advertise(exchange, hospital.name, _identity(hospital).key)
+    _keep(hospital, member)
+    return member.advert
+
+
+def _shared(hospital: Hospital, exchange: Exchange, agreement: Agreement) -> Outbox:
     member, outbox = steps.agree(
-        _member(hospital, asked),
+        _member(hospital, exchange),
         agreement,
-        threshold=threshold_of(_agreed(hospital).threshold, n),
+        threshold=threshold_of(_agreed(hospital).threshold, len(agreement.adverts)),
         fewest=hospital.policy.min_sum_sites,
         key_of=_identity(hospital).key_of,
     )
     _keep(hospital, member)
-    return Reply(site=hospital.name, secure=as_plain(outbox))
+    return outbox
 
 
 def expect(hospital: Hospital, asked: Instruction) -> None:
@@ -103,7 +114,7 @@ def expect(hospital: Hospital, asked: Instruction) -> None:
     if hospital.study.secure_aggregation is not None:
         present = from_plain(asked.secure, Present)
         fewest = hospital.policy.min_sum_sites
-        steps.expected(_member(hospital, asked), present, fewest=fewest)
+        steps.expected(_member(hospital, _exchange(asked)), present, fewest=fewest)
 
 
 def masked(hospital: Hospital, asked: Instruction, reply: Reply) -> Reply:
@@ -115,13 +126,15 @@ def masked(hospital: Hospital, asked: Instruction, reply: Reply) -> Reply:
     """
     if asked.kind != "round" or hospital.study.secure_aggregation is None:
         return reply
-    member, present = _member(hospital, asked), from_plain(asked.secure, Present)
+    exchange, present = _exchange(asked), from_plain(asked.secure, Present)
+    member = _member(hospital, exchange)
     fewest = hospital.policy.min_sum_sites
     agreement = steps.expected(member, present, fewest=fewest)
     words, scale = _words(hospital, asked, reply, agreement)
     member, under = steps.mask(member, present, words, fewest=fewest)
     _keep(hospital, member)
-    return replace(reply, delta={MASKED: to_wire(under, scale.ring)}, control={})
+    told = as_plain(_new_keys(hospital, _after(exchange))) if present.ahead else {}
+    return replace(reply, delta={MASKED: to_wire(under, scale.ring)}, control={}, secure=told)
 
 
 def unmask(hospital: Hospital, asked: Instruction) -> Reply:
@@ -130,9 +143,9 @@ def unmask(hospital: Hospital, asked: Instruction) -> Reply:
     A round that is asked again is answered for the same sites only: the difference of two sums of
     the same updates would be the update of who is missing in one.
     """
-    wanted = from_plain(asked.secure, Unmask)
+    wanted, exchange = from_plain(asked.secure, Unmask), _exchange(asked)
     member, revealed = steps.unmask(
-        _member(hospital, asked), wanted, fewest=hospital.policy.min_sum_sites
+        _member(hospital, exchange), wanted, fewest=hospital.policy.min_sum_sites
     )
     file = _folder(hospital) / "summed.json"
     summed = load_record(file, Summed)
@@ -143,7 +156,17 @@ def unmask(hospital: Hospital, asked: Instruction) -> Reply:
         raise PolicyRefused("This round was summed before over other sites; not a second time.")
     save_record(file, replace(summed, alive={**summed.alive, str(asked.round): wanted.alive}))
     _keep(hospital, member)
-    return Reply(site=hospital.name, secure=as_plain(revealed))
+    ahead = None if wanted.ahead is None else _ahead(hospital, exchange, wanted.ahead)
+    return Reply(site=hospital.name, secure=as_plain(Unmasked(revealed, ahead)))
+
+
+def _ahead(hospital: Hospital, exchange: Exchange, agreement: Agreement) -> Outbox | None:
+    """Shares for the next round; a fault in what is to be agreed costs this round nothing."""
+    try:
+        return _shared(hospital, _after(exchange), agreement)
+    except (FederationError, PolicyRefused) as error:
+        log.warning("round=%d the next one is not agreed ahead: %s", exchange.round, error)
+        return None
 
 
 def _words(
@@ -202,19 +225,30 @@ def _exchange(asked: Instruction) -> Exchange:
     return Exchange(asked.study_digest, asked.run, asked.round, asked.attempt)
 
 
-def _member(hospital: Hospital, asked: Instruction) -> Member:
-    member = load_record(_file(hospital), Member)
-    if member is None or member.exchange != _exchange(asked):
+def _after(exchange: Exchange) -> Exchange:
+    return replace(exchange, round=exchange.round + 1)
+
+
+def _member(hospital: Hospital, exchange: Exchange) -> Member:
+    member = load_record(_file(hospital, exchange.round), Member)
+    if member is None or member.exchange != exchange:
         raise FederationError("No keys were made here for this round; it begins with them.")
     return member
 
 
 def _keep(hospital: Hospital, member: Member) -> None:
-    save_record(_file(hospital), member)
+    """On disk before anything leaves; of other rounds, only the one before is kept."""
+    round_ = member.exchange.round
+    wanted = {_file(hospital, round_), _file(hospital, round_ - 1)}
+    if not member.present:
+        for file in _folder(hospital).glob("member-*.json"):
+            if file not in wanted:
+                file.unlink()
+    save_record(_file(hospital, round_), member)
 
 
-def _file(hospital: Hospital) -> Path:
-    return _folder(hospital) / "member.json"
+def _file(hospital: Hospital, round_: int) -> Path:
+    return _folder(hospital) / f"member-{round_:05d}.json"
 
 
 def _folder(hospital: Hospital) -> Path:

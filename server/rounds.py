@@ -28,7 +28,7 @@ from medfl.common.tensors import Array, Tensors
 from medfl.server.checkpoint import Checkpoint, Model
 from medfl.server.records import Best, RoundRecord, named, round_record, size
 from medfl.server.roster import Prepared, Roster, Sites, ask, ask_each, prepare
-from medfl.server.secure_round import SecureRound, Terms
+from medfl.server.secure_round import Ahead, SecureRound, Terms
 from medfl.strategies.admission import cleaned, fault_of, opened
 from medfl.strategies.catalogue import WEIGHTINGS, strategy_for
 from medfl.strategies.home import home_names
@@ -64,7 +64,11 @@ class Earlier:
 
 @dataclass(frozen=True, slots=True)
 class _Federation:
-    """What stays the same over all rounds. travels: parameters that sites send."""
+    """What stays the same over all rounds.
+
+    travels: parameters that sites send. ahead: by round, the keys of its secure sum that the round
+        before has left; lost with the process, and then made anew.
+    """
 
     study: Study
     strategy: Strategy
@@ -72,6 +76,7 @@ class _Federation:
     prepared: Prepared
     say: Instruction
     travels: frozenset[str]
+    ahead: dict[int, Ahead] = field(default_factory=dict)
 
     @property
     def roster(self) -> Roster:
@@ -200,7 +205,7 @@ def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRec
     if study.secure_aggregation is None:
         admitted = _Admitted(federation, {n: roster[n] for n in drawn}, asked, proportion)
     else:
-        admitted = SecureRound(_terms(federation), drawn, asked)
+        admitted = SecureRound(_terms(federation), drawn, asked, federation.ahead.pop(number, None))
     try:
         combined = admitted.combined()
     except TooFewUpdates as error:
@@ -216,6 +221,8 @@ def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRec
     )
     best = model.best.or_this(number - 1, record.metrics, model.weights)
     model = replace(model, best=best)
+    if isinstance(admitted, SecureRound) and admitted.ahead is not None:
+        federation.ahead[number + 1] = admitted.ahead
     model = model if record.void else _moved(federation, model, combined)
     model = replace(model, state=remember(model.state, proportion.median))
     return replace(record, model=model.digest), model

@@ -2,6 +2,9 @@
 
     keys -> shares -> round (masked updates) -> unmask -> mean
 
+Where all sites take part in every round, the keys of the next one come with the masked updates and
+its shares with the unmasking: then a round is two exchanges, and four after a site fell silent.
+
 A site that falls silent at one step is asked nothing more in this round. Names, types and sizes
 of updates, and their weights, are checked as ever; length and finiteness are not to be seen, and
 are the hospitals' to keep.
@@ -23,6 +26,7 @@ from medfl.common.secure.exchange import (
     Exchange,
     Outbox,
     Revealed,
+    Unmasked,
     as_plain,
     from_plain,
     threshold_of,
@@ -54,11 +58,27 @@ class Terms:
     ask: Ask
 
 
-class SecureRound:
-    """One round; afterwards, what is to be told of it: `replies`, `left_out`, `bytes_up`."""
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """A round's agreement and everybody's sealed shares, from the round before."""
 
-    def __init__(self, terms: Terms, drawn: list[str], asked: Instruction) -> None:
+    agreement: Agreement
+    outboxes: Mapping[str, Outbox]
+
+
+class SecureRound:
+    """One round; afterwards, what is to be told of it: `replies`, `left_out`, `bytes_up`.
+
+    ahead: what the round before has left for this one; afterwards, what this leaves for the next.
+    """
+
+    def __init__(
+        self, terms: Terms, drawn: list[str], asked: Instruction, ahead: Ahead | None = None
+    ) -> None:
         self._terms, self._drawn, self._asked = terms, drawn, asked
+        self._given = ahead
+        self.ahead: Ahead | None = None
+        self._next: dict[str, Advert] = {}
         self.replies: list[Reply] = []
         self.left_out: dict[str, str] = {}
         self.bytes_up = 0
@@ -69,11 +89,15 @@ class SecureRound:
         Raises:
             TooFewUpdates: fewer sites than the threshold were left at some step.
         """
-        agreement = self._agreement()
+        agreement = self._given.agreement if self._given else self._agreement()
         scale = scale_of(self._terms.study, len(agreement.adverts), agreement.weight_cap)
         shapes, controls = self._shapes()
         collector = Collector(agreement, scale.ring, length(shapes) + length(controls))
-        self._collect_shares(agreement, collector)
+        if self._given:
+            for site, outbox in self._given.outboxes.items():
+                collector.post(site, outbox)
+        else:
+            self._collect_shares(agreement, collector)
         self._collect_updates(collector)
         total = collector.total(self._revealed(collector))
         return self._mean(total, shapes, controls, scale)
@@ -85,13 +109,17 @@ class SecureRound:
                 adverts[reply.site] = advert
             else:
                 self._leave_out(reply.site, "keys in another name")
-        study, asked = self._terms.study, self._asked
+        study = self._terms.study
         if len(adverts) < study.federation.min_sites:
             raise TooFewUpdates(f"{len(adverts)} sites gave keys for a secure sum.")
+        return self._agreed(adverts, self._asked.round)
+
+    def _agreed(self, adverts: Mapping[str, Advert], round_: int) -> Agreement:
+        study, asked = self._terms.study, self._asked
         weigh = WEIGHTINGS[study.federation.weighting]
         share = study.secure_aggregation.threshold if study.secure_aggregation else 1.0
         return Agreement(
-            exchange=Exchange(asked.study_digest, asked.run, asked.round, asked.attempt),
+            exchange=Exchange(asked.study_digest, asked.run, round_, asked.attempt),
             threshold=threshold_of(share, len(adverts)),
             weight_cap=cap_of(max(weigh(self._terms.cases[site]) for site in self._drawn)),
             adverts=tuple(adverts[site] for site in sorted(adverts)),
@@ -106,7 +134,7 @@ class SecureRound:
                 self._leave_out(reply.site, "shares for other sites")
 
     def _collect_updates(self, collector: Collector) -> None:
-        present = collector.present()
+        present = replace(collector.present(), ahead=self._looks_ahead())
         asked = replace(self._asked, secure=as_plain(present))
         for reply in self._terms.ask(dict.fromkeys(present.sites, asked)):
             self.bytes_up += size(reply.delta) + size(reply.control)
@@ -116,12 +144,27 @@ class SecureRound:
             if fault:
                 self._leave_out(reply.site, fault)
             else:
-                self.replies.append(replace(reply, delta={}, control={}))
+                self.replies.append(replace(reply, delta={}, control={}, secure={}))
+                if (advert := _read(reply, Advert)) is not None and advert.site == reply.site:
+                    self._next[reply.site] = advert
+
+    def _looks_ahead(self) -> bool:
+        """Whether the next round has the same sites; a drawn subset is known only then."""
+        federation = self._terms.study.federation
+        everybody = len(self._drawn) == len(self._terms.cases)
+        return everybody and self._asked.round < federation.rounds
 
     def _revealed(self, collector: Collector) -> dict[str, Revealed]:
         alive = [reply.site for reply in self.replies]
-        said = {site: as_plain(collector.ask(site)) for site in alive}
-        return {reply.site: revealed for reply, revealed in self._answers(said, "unmask", Revealed)}
+        ahead = None
+        if set(self._next) == set(self._drawn):
+            ahead = self._agreed(self._next, self._asked.round + 1)
+        said = {site: as_plain(replace(collector.ask(site), ahead=ahead)) for site in alive}
+        answers = {reply.site: got for reply, got in self._answers(said, "unmask", Unmasked)}
+        outboxes = {site: got.ahead for site, got in answers.items() if got.ahead is not None}
+        if ahead is not None and _complete(ahead, outboxes):
+            self.ahead = Ahead(ahead, outboxes)
+        return {site: got.revealed for site, got in answers.items()}
 
     def _mean(self, total: Any, shapes: Shapes, controls: Shapes, scale: Scale) -> Combined:
         weigh = WEIGHTINGS[self._terms.study.federation.weighting]
@@ -157,6 +200,11 @@ class SecureRound:
     def _leave_out(self, site: str, why: str) -> None:
         self.left_out[site] = why
         log.warning("round=%d site=%s left out: %s", self._asked.round, site, why)
+
+
+def _complete(agreement: Agreement, outboxes: Mapping[str, Outbox]) -> bool:
+    sites = set(agreement.sites)
+    return outboxes.keys() == sites and all(o.shares.keys() == sites for o in outboxes.values())
 
 
 def _read(reply: Reply, form: type[T]) -> T | None:

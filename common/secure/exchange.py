@@ -101,23 +101,29 @@ class Outbox:
 
 @dataclass(frozen=True, slots=True)
 class Present:
-    """The sites that have shared: those that all masks are made for."""
+    """The sites that have shared: those that all masks are made for.
+
+    ahead: the answer is to hold keys for the next round, too.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     sites: tuple[str, ...]
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Unmask:
     """alive: whose masked updates arrived. dead: who shared and then did not send one.
 
-    inbox: the sealed shares for the asked site, by sender.
+    inbox: the sealed shares for the asked site, by sender. ahead: what is to be agreed for the next
+    round, so that its keys and shares cost no exchanges of their own.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     alive: tuple[str, ...]
     dead: tuple[str, ...]
     inbox: dict[str, str]
+    ahead: Agreement | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +133,15 @@ class Revealed:
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     own: dict[str, str]
     masking: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Unmasked:
+    """The answer to `Unmask`. ahead: sealed shares for the next round, if that was agreed."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    revealed: Revealed
+    ahead: Outbox | None = None
 
 
 def as_plain(message: Any) -> dict[str, Any]:

@@ -149,8 +149,61 @@ def test_a_drawn_subset_is_a_secure_sum_of_its_own(table_study, wire, train) -> 
     plain, said = train(wire(table_study(None, **about))), wire(table_study(SECURE, **about))
     secure = train(said)
     assert largest_difference(plain.weights, secure.weights) < 1e-5
-    assert len({name for name, asked in said.asked if asked.kind == "keys"}) > 3
+    assert len({name for name, asked in said.asked if asked.kind == "keys"}) >= 3
     assert len([1 for _, asked in said.asked if asked.kind == "keys"]) == 6
+
+
+def kinds(said, name="h0") -> list[str]:
+    return [asked.kind for site, asked in said.asked if site == name]
+
+
+def test_later_rounds_take_two_exchanges_and_four_after_a_site_fell_silent(
+    table_study, wire, train
+) -> None:
+    said = wire(table_study(SECURE, rounds=4))
+
+    def silent_once(asked, reply):
+        if (asked.round, asked.kind, reply.site) == (2, "round", "h3"):
+            return replace(reply, refusal="late", secure={}, delta={})
+        return reply
+
+    said.spoil = silent_once
+    outcome = train(said)
+    four, two = ["keys", "shares", "round", "unmask"], ["round", "unmask"]
+    assert kinds(said) == ["prepare", *four, *two, *four, *two, "finish"]
+    assert [r.left_out for r in outcome.records[:4]] == [{}, {"h3": "late"}, {}, {}]
+    plain = wire(table_study(None, rounds=4))
+    plain.spoil = silent_once
+    assert largest_difference(train(plain).weights, outcome.weights) < 1e-5
+    folder = said.hospitals[0].state / "secure"
+    assert sorted(f.name for f in folder.glob("member*")) == [
+        f"member-0000{r}.json" for r in (3, 4)
+    ]
+
+
+def test_keys_are_new_in_each_round_also_where_they_come_ahead(table_study, wire, train) -> None:
+    said = wire(table_study(SECURE, rounds=3))
+    train(said)
+    about = [json.loads(e.about)["secure"] for _, e in said.heard]
+    adverts = [a for a in about if "masking" in a and "site" in a]
+    assert len(adverts) == 15
+    for key in ("sharing", "masking", "own"):
+        assert len({a[key] for a in adverts}) == 15
+
+
+def test_false_keys_that_come_ahead_cost_no_round(table_study, wire, train) -> None:
+    """The other sites give this round's shares all the same, and the next one begins with keys."""
+    said = wire(table_study(SECURE, rounds=2))
+
+    def forged(asked, reply):
+        if asked.kind == "round" and reply.site == "h3" and reply.secure:
+            return replace(reply, secure={**reply.secure, "masking": "11" * 32})
+        return reply
+
+    said.spoil = forged
+    outcome = train(said)
+    assert [r.void for r in outcome.records[:2]] == [False, False]
+    assert kinds(said).count("keys") == 2
 
 
 # What the coordinator sees.
@@ -195,7 +248,8 @@ def test_the_coordinator_holds_no_share_that_it_can_read_before_unmasking(
     sealed = [text for box in boxes for text in box.values()]
     assert len(set(sealed)) == len(sealed) == 25
     shown = [json.loads(e.about)["secure"] for kind, e in said.heard if kind == "unmask"]
-    assert all(set(r["own"]) == set(NAMES) and r["masking"] == {} for r in shown)
+    assert all(set(r["revealed"]["own"]) == set(NAMES) for r in shown)
+    assert all(r["revealed"]["masking"] == {} for r in shown)
 
 
 # What hospitals refuse.
@@ -281,7 +335,7 @@ def test_what_a_site_keeps_of_an_exchange_is_for_its_own_eyes(table_study, wire,
     train(said)
     folder = said.hospitals[0].state / "secure"
     assert folder.stat().st_mode & 0o077 == 0
-    assert {f.name for f in folder.iterdir()} == {"member.json", "summed.json"}
+    assert {f.name for f in folder.iterdir()} == {"member-00001.json", "summed.json"}
     assert not any(f.stat().st_mode & 0o077 for f in folder.iterdir())
 
 
