@@ -57,8 +57,7 @@ test = 0.2
 validation = 0.2
 """
 
-# What the trainer process imports to find its hospital; `crash` names a file that kills it
-# once: at the next task, or at the n-th where it holds a number.
+# What the trainer process imports to find its hospital; `crash` names a file that kills it once.
 FINDER = """
 import json, os, signal
 from pathlib import Path
@@ -88,10 +87,6 @@ def finder(argument):
     def find(context):
         assert context.run_config["study"] == study.digest
         if crash.exists():
-            left = int(crash.read_text() or 1) - 1
-            if left:
-                crash.write_text(str(left))
-                return hospital
             crash.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         slow = Path(about["slow"])
