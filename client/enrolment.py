@@ -24,7 +24,6 @@ PROOF = "enrolment"
 DAY_S = 86400.0
 # With 90 days, a site that is off for a month still renews in time.
 RENEW_AT = 1 / 3
-WARN_BEFORE_S = 14 * DAY_S
 
 
 def enrol(home: Home, address: str, token: Token) -> Enrolment:
@@ -108,9 +107,28 @@ def renew_if_due(home: Home, address: str) -> bool:
             renew(home, line)
         return True
     except FederationError as error:
-        level = logging.WARNING if left < WARN_BEFORE_S else logging.INFO
+        level = logging.WARNING if left < certificates.WARN_BEFORE_S else logging.INFO
         log.log(level, "the certificate ends in %.0f days: %s", left / DAY_S, error)
         return False
+
+
+def ending(home: Home) -> list[str]:
+    """What to say of certificates that end within two weeks."""
+    said = (
+        certificates.ending(
+            home.identity()[1],
+            "This site's certificate",
+            home.clock(),
+            "It renews itself while medfl-client runs and reaches the coordinator; leave it on.",
+        ),
+        certificates.ending(
+            home.authority(),
+            "The federation's authority",
+            home.clock(),
+            "Ask the coordinator for a new federation.",
+        ),
+    )
+    return [text for text in said if text]
 
 
 def renew(home: Home, line: Line) -> None:

@@ -61,18 +61,22 @@ def serve(
 
     Raises:
         PolicyRefused: the coordinator refuses this site for good (revoked, expired).
-        StorageError: another client runs on this folder.
+        ConfigError: others may write a file of this site.
+        StorageError: another client runs on this folder, its disk is full or a file damaged.
     """
     stopping = stopping or threading.Event()
     session, wait_s = secrets.token_hex(16), _FIRST_WAIT_S
     with only_one(home.folder / "client.lock", "medfl-client"), _signals(stopping):
         home.record("client started")
+        for text in enrolment.ending(home):
+            said(text)
         while not stopping.is_set():
             started = time.monotonic()
             try:
                 _connection(home, site_file, session, said, stopping)
                 wait_s = _FIRST_WAIT_S
-            except MedflError as error:
+            except (FederationError, PolicyRefused) as error:
+                # What is wrong with this site's own files (ConfigError, StorageError) ends it.
                 if isinstance(error, PolicyRefused) and "try again in" not in str(error):
                     _note(home, "refused", str(error))
                     home.record("refused by the coordinator", why=str(error)[:500])
@@ -101,7 +105,7 @@ def _connection(
         witness.exchange(home, line)
         said(f"Connected to {line.address}. Waiting for approved studies.")
         try:
-            with _working(home, site_file, line):
+            with _working(home, site_file, line, session):
                 _report(home, line, session, said, stopping)
         finally:
             try:
@@ -111,12 +115,12 @@ def _connection(
 
 
 @contextmanager
-def _working(home: Home, site_file: Path, line: Line) -> Iterator[None]:
+def _working(home: Home, site_file: Path, line: Line, session: str) -> Iterator[None]:
     """The processes that do the work, ended in the order that loses least."""
     from medfl.client.runner import Node, Runner, Trainer
     from medfl.client.tunnel import Forwarder
 
-    forwarder = Forwarder(line.channel)
+    forwarder = Forwarder(line.channel, session)
     node = Node(forwarder, home.folder / "node")
     argument = json.dumps({"state": str(home.folder), "site": str(site_file)})
     trainer = Trainer.for_hospitals(FINDER, argument, home.folder / "trainer.log")
@@ -156,6 +160,8 @@ def _report(
                 renewed = time.monotonic()
                 if enrolment.renew_if_due(home, line.address):
                     return
+                for text in enrolment.ending(home):
+                    said(text)
         except PolicyRefused as error:
             if "is not live" not in str(error):
                 raise

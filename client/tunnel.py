@@ -45,12 +45,13 @@ Tick = Callable[[], None]
 class Forwarder:
     """A loopback HTTP server whose requests travel through `channel`.
 
+    session: the running client's, as it was told to the coordinator.
     mail: set whenever a message came for this site, so that whoever executes it need not poll.
     """
 
-    def __init__(self, channel: grpc.Channel) -> None:
+    def __init__(self, channel: grpc.Channel, session: str = "") -> None:
         self.mail = threading.Event()
-        self.session = secrets.token_hex(16)
+        self.session = session or secrets.token_hex(16)
         self.stopping = threading.Event()
         self.heard = time.monotonic()
         self._fetch = _Fetch()

@@ -43,7 +43,8 @@ def _who(study: Study, published: Published, enrolment: Enrolment) -> Iterator[s
         f"Who asks: the coordinator of {enrolment.federation}, on "
         f"{time.strftime('%Y-%m-%d', time.gmtime(published.at))}. The signature is right."
     )
-    yield f"For what: {study.purpose or 'the study does not say'}."
+    purpose = study.purpose.strip().rstrip(".") or "the study does not say"
+    yield f"For what: {purpose}."
 
 
 def _computed(study: Study) -> Iterator[str]:

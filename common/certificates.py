@@ -30,6 +30,8 @@ from medfl.common.private_files import read_private, write_private
 TlsKey = ec.EllipticCurvePrivateKey
 Certificate = x509.Certificate
 
+WARN_BEFORE_S = 14 * 86400.0
+
 _USES = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
 # A hospital's clock may be behind ours; a new certificate must serve at once.
 _BACKDATED = dt.timedelta(hours=1)
@@ -131,6 +133,14 @@ def public_digest(public: ec.EllipticCurvePublicKey) -> str:
 def ends_at(certificate: Certificate) -> float:
     """Seconds since 1970 at which it expires."""
     return certificate.not_valid_after_utc.timestamp()
+
+
+def ending(certificate: Certificate, whose: str, now: float, what_to_do: str) -> str:
+    """What to say of a certificate in its last two weeks, "" before."""
+    left_s = ends_at(certificate) - now
+    if left_s > WARN_BEFORE_S:
+        return ""
+    return f"{whose} ends in {left_s / 86400:.0f} days. {what_to_do}"
 
 
 def life_of(certificate: Certificate) -> float:

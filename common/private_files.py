@@ -126,6 +126,22 @@ def _open_lock(path: Path) -> int:
         raise StorageError(f"{path}: cannot be opened ({error.strerror})") from None
 
 
+def refuse_writable(path: Path) -> None:
+    """Raises ConfigError where everybody on this machine may change the file."""
+    if path.stat().st_mode & stat.S_IWOTH:
+        raise ConfigError(
+            f"{path}: every user of this machine may change it; run: chmod o-w {path}, and read "
+            "it before you go on"
+        )
+
+
+def refuse_full(folder: Path, needed: int = 2**20) -> None:
+    """Raises StorageError where fewer than `needed` bytes are free."""
+    state = os.statvfs(folder)
+    if state.f_bavail * state.f_frsize < needed:
+        raise StorageError(f"{folder}: the disk is full; free some space. Nothing was done")
+
+
 def _refuse_open(path: Path) -> None:
     state = path.stat()
     if state.st_mode & (stat.S_IRWXG | stat.S_IRWXO):

@@ -291,6 +291,26 @@ def authority_fingerprint(federation: Federation) -> str:
     return fingerprint(certificates.der_of(federation.authority()[1]))
 
 
+def ending(federation: Federation) -> list[str]:
+    """What to say of the coordinator's own certificates that end within two weeks."""
+    now = federation.clock()
+    said = (
+        certificates.ending(
+            federation.gateway()[1],
+            "The gateway's certificate",
+            now,
+            "A running server renews it; else: medfl-server renew",
+        ),
+        certificates.ending(
+            federation.authority()[1],
+            "The federation's authority",
+            now,
+            "Plan a new federation: `medfl-server init`, and invite the sites again.",
+        ),
+    )
+    return [text for text in said if text]
+
+
 def _issue(federation: Federation, site: str, request: str, days: float) -> Certificate:
     key, authority = federation.authority()
     _, public = certificates.requested(request)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from medfl.server.admit import Door
     from medfl.server.checkpoint import Checkpoint
     from medfl.server.register import Roster
+    from medfl.server.sessions import Sessions
     from medfl.server.tunnel import Gate
 
 log = logging.getLogger(__name__)
@@ -102,12 +103,17 @@ class Engine:
         finally:
             connection.close()
 
-    def handlers(self, site_of: Callable[[grpc.ServicerContext], str]) -> grpc.GenericRpcHandler:
-        """The tunnel for hospitals, to be added to the gateway's gRPC server."""
+    def handlers(
+        self, site_of: Callable[[grpc.ServicerContext], str], sessions: Sessions | None = None
+    ) -> grpc.GenericRpcHandler:
+        """The tunnel for hospitals, to be added to the gateway's gRPC server.
+
+        sessions: the gateway's, so that both know one live client a site.
+        """
         from medfl.server.tunnel import Gate, fleet_handlers
 
         if self._gate is None:
-            self._gate = Gate(self.address, self._key, self.roster)
+            self._gate = Gate(self.address, self._key, self.roster, sessions)
         return fleet_handlers(self._gate, site_of)
 
     def run(

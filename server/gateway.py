@@ -8,11 +8,9 @@ on disk at every call, so that a revocation needs no restart and no new handshak
 from __future__ import annotations
 
 import logging
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
@@ -20,7 +18,6 @@ import grpc
 from medfl import __version__
 from medfl.common import certificates, coordination
 from medfl.common.coordination import (
-    LEASE_S,
     METHODS,
     SERVICE,
     AskStudies,
@@ -42,6 +39,7 @@ from medfl.common.kept import save_record
 from medfl.server import authority, heads, studies
 from medfl.server.authority import Guest
 from medfl.server.federation import Federation, SiteRecord
+from medfl.server.sessions import Sessions
 from medfl.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -49,48 +47,6 @@ log = logging.getLogger(__name__)
 # Flower's largest piece of a message with room around it; a larger call is refused unread.
 MAX_CALL = 8 * 1024 * 1024
 _RENEW_AT = 1 / 3
-
-
-@dataclass(slots=True)
-class Sessions:
-    """Which process of each site is live; one at a time. clock: monotonic seconds."""
-
-    clock: Callable[[], float] = time.monotonic
-    _live: dict[str, tuple[str, float]] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def begin(self, site: str, session: str) -> None:
-        """Raises PolicyRefused while another session of the site is live."""
-        with self._lock:
-            known, heard = self._live.get(site, ("", 0.0))
-            wait = heard + LEASE_S - self.clock()
-            if known not in ("", session) and wait > 0:
-                raise PolicyRefused(
-                    f"Another medfl-client of {site} is running with the same keys. If it was "
-                    f"stopped just now, try again in {wait:.0f} s; if it is not yours, tell the "
-                    "coordinator at once."
-                )
-            self._live[site] = (session, self.clock())
-
-    def touch(self, site: str, session: str) -> None:
-        """Note that the session is heard. Raises PolicyRefused where it is not the live one."""
-        with self._lock:
-            if self._live.get(site, ("", 0.0))[0] != session or not session:
-                raise PolicyRefused(f"This session of {site} is not live; begin with Hello.")
-            self._live[site] = (session, self.clock())
-
-    def end(self, site: str, session: str) -> None:
-        """Free the place; another's session stays."""
-        with self._lock:
-            if self._live.get(site, ("", 0.0))[0] == session:
-                del self._live[site]
-
-    def live(self) -> dict[str, float]:
-        """Seconds since each site with a live session was heard."""
-        with self._lock:
-            now = self.clock()
-            ages = {site: now - heard for site, (_, heard) in self._live.items()}
-        return {site: age for site, age in ages.items() if age < LEASE_S}
 
 
 class Peers:

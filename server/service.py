@@ -55,7 +55,9 @@ def serve(
         gateway: Gateway | None = None
         engine.start()
         try:
-            gateway = Gateway(federation, settings, peers, [engine.handlers(peers.site_of)])
+            gateway = Gateway(
+                federation, settings, peers, [engine.handlers(peers.site_of, peers.sessions)]
+            )
             gateway.start()
             write_private(federation.state / "server.pid", f"{os.getpid()}\n".encode())
             federation.record("server started", port=gateway.port)

@@ -22,6 +22,7 @@ from medfl.common.tunnel import KEY_HEADER, Answer, Call
 from medfl.server import nodes
 from medfl.server.nodes import NodeKey
 from medfl.server.register import Roster
+from medfl.server.sessions import Sessions
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +34,6 @@ _ONCE = {"register-node", "activate-node", "deactivate-node", "unregister-node"}
     "push-messages",
 }
 _ARRIVALS = {"register-node", "activate-node"}
-# Heartbeats come every 20 s or so; after two of them are missing a client counts as gone.
-_LIVE_S = 45.0
 _KEPT_ANSWERS = 16
 _HOLD_S = 20.0
 # Without the bell a held pull still looks this often.
@@ -75,9 +74,6 @@ class _Guest:
         self.generation = 0
         self.answers: OrderedDict[str, Answer] = OrderedDict()
         self.node_id: int | None = None
-        # The running medfl-client, by an id that it draws when it starts.
-        self.session = ""
-        self.heard = 0.0
         # Bytes since the last pull: what the coordinator's disk takes from one site at a time.
         self.uploaded = 0
 
@@ -85,10 +81,14 @@ class _Guest:
 class Gate:
     """The checks and the way to the SuperLink."""
 
-    def __init__(self, superlink_address: str, key: str, roster: Roster) -> None:
+    def __init__(
+        self, superlink_address: str, key: str, roster: Roster, sessions: Sessions | None = None
+    ) -> None:
+        """sessions: those of the gateway, so that both know one live client a site."""
         host, port = superlink_address.rsplit(":", 1)
         self._host, self._port = host, int(port)
         self._key, self._roster = key, roster
+        self._sessions = sessions or Sessions()
         self._guests: dict[str, _Guest] = {}
         self._lock = threading.Lock()
         self._idle: deque[http.client.HTTPConnection] = deque()
@@ -103,8 +103,10 @@ class Gate:
             log.warning("site=%s sent %d bytes where %d are allowed", site, len(call.body), limit)
             return Answer(413)
         guest, name = self._guest(site), call.path.rsplit("/", 1)[1]
-        if not self._one_session(site, guest, name, call.headers.get(tunnel.SESSION, "")):
-            return Answer(503 if name in _ARRIVALS else 401)
+        arriving = name in _ARRIVALS
+        if not self._sessions.holds(site, _session(call), arriving=arriving):
+            log.warning("site=%s: a second client with the same certificate waits", site)
+            return Answer(503 if arriving else 401)
         if name not in _ONCE:
             return self._checked(site, guest, name, call, active)
         generation = guest.generation
@@ -125,18 +127,6 @@ class Gate:
             if site not in self._guests:
                 self._guests[site] = _Guest(NodeKey(self._key.encode(), site))
             return self._guests[site]
-
-    def _one_session(self, site: str, guest: _Guest, name: str, session: str) -> bool:
-        """Whether this is the site's one live client. A new one waits until the old is silent."""
-        with self._lock:
-            now = time.monotonic()
-            if session != guest.session and guest.session and now - guest.heard < _LIVE_S:
-                log.warning("site=%s: a second client with the same certificate waits", site)
-                return False
-            if session != guest.session and guest.session and name not in _ARRIVALS:
-                return False
-            guest.session, guest.heard = session, now
-            return True
 
     def _checked(
         self, site: str, guest: _Guest, name: str, call: Call, active: Callable[[], bool]
@@ -189,7 +179,7 @@ class Gate:
         self, site: str, guest: _Guest, name: str, call: Call, active: Callable[[], bool]
     ) -> Answer:
         if name == "pull-messages":
-            return self._held(guest, call, active)
+            return self._held(site, guest, call, active)
         answer = self._pass(guest, call, call.body)
         if name != "pull-object":
             return answer
@@ -199,7 +189,7 @@ class Gate:
             answer = self._pass(guest, call, call.body)
         return answer
 
-    def _held(self, guest: _Guest, call: Call, active: Callable[[], bool]) -> Answer:
+    def _held(self, site: str, guest: _Guest, call: Call, active: Callable[[], bool]) -> Answer:
         """The answer once it holds a message; status 0 after a while without one."""
         end, generation = time.monotonic() + _HOLD_S, guest.generation
         while generation == guest.generation:
@@ -211,6 +201,9 @@ class Gate:
             while self._roster.version == version:
                 if time.monotonic() >= end or not active():
                     return Answer(0)
+                # Who waits here is there.
+                if not self._sessions.holds(site, _session(call), arriving=False):
+                    return Answer(401)
                 if time.monotonic() >= look:
                     break
                 self._roster.wait(version, min(1.0, look - time.monotonic()))
@@ -225,8 +218,7 @@ class Gate:
             self._roster.ring()
         elif name == "deactivate-node":
             self._roster.left(site)
-            with self._lock:
-                guest.session = ""
+            self._sessions.end(site, _session(call))
 
     def _pass(self, guest: _Guest, call: Call, body: bytes) -> Answer:
         """One HTTP call to the SuperLink; 503 where it cannot be reached or fails."""
@@ -258,6 +250,11 @@ class Gate:
 
     def _connection(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection(self._host, self._port, timeout=60)
+
+
+def _session(call: Call) -> str:
+    """The running medfl-client, by an id that it draws when it starts."""
+    return call.headers.get(tunnel.SESSION, "")
 
 
 PASSED_ON = frozenset(

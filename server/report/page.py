@@ -62,13 +62,14 @@ def _site_figures(run: Run, metric: str | None) -> list[Figure]:
         return []
     label = words.measure(metric).label
     if len(run.federated.sites) <= MANY:
-        text = f"{label} on each hospital's test cases; lines are 95 % intervals."
+        lines = "" if run.between_hospitals else "; lines are 95 % intervals"
+        text = f"{label} on each hospital's test cases{lines}."
         return [Figure(curves.forest(run, metric), text)]
+    lines = "" if run.between_hospitals else "; lines are 95 % intervals"
     return [
         Figure(curves.spread(run, metric), f"How {label} spreads over the hospitals."),
-        Figure(curves.forest(run, metric), "The ten best and the ten worst hospitals; lines are "
-                                           "95 % intervals."),
-    ]  # fmt: skip
+        Figure(curves.forest(run, metric), f"The ten best and the ten worst hospitals{lines}."),
+    ]
 
 
 def _round_figures(run: Run) -> list[Figure]:

@@ -48,6 +48,14 @@ def summary(run: Run, metric: str | None) -> str:
 def _reached(run: Run, metric: str) -> str:
     sites = run.federated.sites
     label = words.measure(metric).label
+    if run.federated.pooled.get(metric) is None:
+        number = words.value(metric, run.federated.mean.get(metric))
+        told = sum(s.metrics.get(metric) is not None for s in sites)
+        whole = "" if told == len(sites) else f", of {_hospitals(len(sites))} that took part"
+        return (
+            f"The federated model reached {label} {number} on test cases, as the mean over "
+            f"{_hospitals(told)} that told it{whole}."
+        )
     tests = words.total(s.n_test for s in sites)
     reached = _with_interval(run.federated, metric)
     where = f"over all {tests} test cases" if tests[0].isdigit() else f"over {tests} test cases"
@@ -175,6 +183,8 @@ def _not_covered(run: Run) -> str:
         else f"told the coordinator metrics with noise, at ε {price:g} for each validation or test "
         "patient, and no count of cases"
     )
+    if run.between_hospitals:
+        return f"ε covers training, and training patients. Private hospitals {told}."
     return (
         f"ε covers training, and training patients. While it lasted, private hospitals {told}. The "
         "results in this report are computed from their test cases without noise, by who may see "
@@ -184,13 +194,17 @@ def _not_covered(run: Run) -> str:
 
 def limits(run: Run) -> list[str]:
     """What a reader must not conclude."""
-    tests = [s.n_test for s in run.federated.sites]
+    tests = [s.n_test for s in run.federated.sites if s.n_test is not None]
     lines = [
         "Intended for research. This is not a medical device and must not guide the care of a "
         "patient.",
-        "Intervals come from resampling the test patients. They say how much the result depends "
-        "on who was tested, not how it would change with new training, other scanners or other "
-        "hospitals.",
+        "Each hospital computed its metrics and told only those: there are no intervals, and the "
+        "mean over hospitals is not that over patients. Training at each hospital alone was not "
+        "tried."
+        if run.between_hospitals
+        else "Intervals come from resampling the test patients. They say how much the result "
+        "depends on who was tested, not how it would change with new training, other scanners or "
+        "other hospitals.",
         "Every hospital in the test also took part in training. How the model does at a hospital "
         "that did not was not measured.",
         "Not checked: fairness between groups of patients, robustness to poor images, agreement "

@@ -11,10 +11,12 @@ import pytest
 
 from medfl.client import approved, consent
 from medfl.client.approved import Approved
+from medfl.client.composition import Charge
+from medfl.client.data.lineage import lineage_path, rounds_with
 from medfl.client.data.own import own_cohort
 from medfl.client.premises import Enrolment, Home
 from medfl.common import config, study_text
-from medfl.common.errors import PolicyRefused
+from medfl.common.errors import PolicyRefused, StorageError
 from medfl.common.kept import save_record
 from medfl.common.messages import Instruction, Reply, pack
 from medfl.common.private_files import private_folder
@@ -143,6 +145,59 @@ def test_each_answer_is_sealed_and_noted(world: World) -> None:
     assert content_of(bare) == content_of(envelope)
     (line,) = world.finder.home.audit.lines()
     assert line["about"]["content"] == found.content
+
+
+def trained(world: World, round_: int) -> None:
+    """What the trainer does with a round: find, train, seal."""
+    import numpy as np
+
+    hospital = world.find()
+    hospital.ledger.reserve(Charge("s", "tiny", "r", "training", round_, 4.0, 0.5, 5), ["p"])
+    asked = Instruction(kind="round", study_digest=world.study.digest, run="r", round=round_)
+    delta = {"w": np.zeros(1, np.float32)}
+    world.finder.seal("{}", asked, pack(Reply(site="north", round=round_, delta=delta)))
+
+
+def test_what_a_round_used_is_noted_before_its_answer_leaves(world: World) -> None:
+    world.approve()
+    trained(world, 1)
+    trained(world, 2)
+    site = load_site(world.finder.site_file)
+    patients = {c.patient for c in own_cohort(site, world.study).cases if c.split == "train"}
+    used = [rounds_with(lineage_path(site), p) for p in sorted(patients)]
+    assert [[u.round for u in rounds] for rounds in used] == [[1, 2]] * len(patients)
+    heads = [line["about"] for line in world.finder.home.audit.lines() if line["what"] == "ledger"]
+    assert [head["lines"] for head in heads] == [2, 3]
+
+
+@pytest.mark.parametrize("how", ["deleted", "put back"])
+def test_a_ledger_that_shrank_stops_the_work_also_after_a_restart(world: World, how: str) -> None:
+    world.approve()
+    trained(world, 1)
+    ledger = world.find().ledger
+    before = {p: p.read_bytes() for p in ledger.folder.iterdir()}
+    trained(world, 2)
+    for path in list(ledger.folder.iterdir()):
+        path.unlink()
+    if how == "put back":
+        for path, content in before.items():
+            path.write_bytes(content)
+    argument = {"state": str(world.finder.home.folder), "site": str(world.finder.site_file)}
+    for finder in (world.finder, approved.hospitals(json.dumps(argument))):
+        with pytest.raises(StorageError, match="lines and had 3"):
+            finder(Context({"study": world.study.digest}))
+    assert [e["what"] for e in world.finder.home.audit.lines()].count("ledger was put back") == 2
+
+
+def test_nothing_is_begun_on_a_full_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    world.approve()
+    true = os.statvfs(world.finder.home.folder)
+    full = os.statvfs_result([*true[:4], 0, *true[5:]])
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        world.find()
 
 
 def test_a_new_run_starts_without_what_the_last_one_left(world: World) -> None:

@@ -269,7 +269,7 @@ def test_a_client_that_was_cut_off_without_a_word_rejoins_by_itself(small, monke
     """Its certificate is still in use as far as the coordinator knows: it waits, and gets in."""
     from dataclasses import replace
 
-    monkeypatch.setattr("medfl.server.tunnel._LIVE_S", 8.0)
+    monkeypatch.setattr("medfl.server.sessions.LEASE_S", 8.0)
     world = small(names=("north",), rounds=1)
     world.wait()
     first = world.sites["north"]
@@ -290,4 +290,4 @@ def test_a_client_that_was_cut_off_without_a_word_rejoins_by_itself(small, monke
 
 
 def session_of(world, site: str) -> str:
-    return world.engine._gate._guests[site].session
+    return world.engine._gate._sessions._live[site][0]

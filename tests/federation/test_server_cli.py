@@ -31,11 +31,12 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
         (
             server_cli.main,
             "init invite start status sites runs log stop revoke renew run "
-            "resume study.publish study.list model.get",
+            "resume study.publish study.list model.get report",
         ),
         (
             client_cli.main,
-            "enrol studies show approve withdraw start status log audit.verify diagnose check",
+            "enrol check studies show approve withdraw start status log audit.verify diagnose "
+            "budget exclude lineage deid accept-key",
         ),
     ):
         for command in commands.split():

@@ -248,7 +248,7 @@ def test_one_session_a_site_and_a_second_waits_until_it_is_silent(gate, superlin
     activate(gate, session="first")
     assert activate(gate, session="second").status == 503
     assert gate.answer("north", call("pull-messages", session="second")).status == 401
-    monkeypatch.setattr("medfl.server.tunnel._LIVE_S", 0.0)
+    monkeypatch.setattr("medfl.server.sessions.LEASE_S", 0.0)
     assert activate(gate, session="second").status == 200
 
 
