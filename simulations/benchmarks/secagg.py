@@ -1,18 +1,22 @@
 """What a secure sum costs: rounds of one study with and without masks, in turn, in one process.
 
-Hospitals answer one after another, so the wall-clock time of a round is the sum of everybody's
-work. In a federation each has its own machine; `Cost.apart` is then the time of a round without
-the network: of each step the slowest hospital's, and the coordinator's own.
+Real hospitals and the real coordinator, training (a few steps, far fewer than a hospital takes) and
+everything else but the network, which `latency` measures. Hospitals answer one after another, so
+that a round's seconds are the work of all. `Cost.apart` counts them as if each had its own machine:
+of each step the slowest hospital's time, and the coordinator's own. The first round of a run loads
+modules and holds plain updates on disk; it is not counted.
 """
 
 from __future__ import annotations
 
 import csv
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,9 +24,12 @@ import numpy as np
 from medfl.client.hospital import Hospital, answer
 from medfl.common import config
 from medfl.common.messages import Instruction, Reply, pack
+from medfl.common.secure.rings import RINGS
 from medfl.common.study import Study
 from medfl.common.tensors import Tensors
 from medfl.server.rounds import Outcome, RoundRecord, run_study
+from medfl.simulations.benchmarks.rows import Row, Spread
+from medfl.simulations.run import single_thread
 from medfl.simulations.sites import SimulatedRun, find_hospitals
 
 _FEATURES = 6
@@ -31,7 +38,7 @@ _CASES = 48
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one round. seconds: wall-clock, all in one process. training: of it, the plain steps.
+    """Of one round. seconds: wall-clock, all in one process.
 
     apart: as if each hospital had its own machine, without the network. bytes_up: of all answers,
     bytes_down: of all instructions, arrays and text.
@@ -41,6 +48,61 @@ class Cost:
     apart: float
     bytes_up: int
     bytes_down: int
+
+
+def rows(small: bool) -> list[Row]:
+    """A row a number of hospitals; limit: 1.3 times the plain round's median."""
+    single_thread()
+    if small:
+        return [_row(sites=3, hidden=64, steps=2, rounds=2, repeats=1)]
+    return [
+        _row(sites=10, hidden=3160, steps=10, rounds=3, repeats=3),
+        _row(sites=100, hidden=3160, steps=2, rounds=2, repeats=1),
+    ]
+
+
+def _row(*, sites: int, hidden: int, steps: int, rounds: int, repeats: int) -> Row:
+    costs: dict[bool, list[Cost]] = {False: [], True: []}
+    ended: dict[bool, Outcome] = {}
+    with tempfile.TemporaryDirectory(prefix="medfl-bench-") as name:
+        folder = Path(name)
+        write_table(folder)
+        for repeat in range(repeats):
+            for secure in (False, True):
+                study = study_of(sites, hidden, steps, rounds, secure=secure)
+                found, ended[secure] = measured(folder, study, f"{repeat}-{secure}")
+                costs[secure] += found[1:]
+    n = sum(a.size for a in ended[True].weights.values())
+    plain, masked = ([c.seconds for c in costs[s]] for s in (False, True))
+    return Row(
+        work=f"{n / 1e6:.3g} M parameters, {sites} hospitals, {steps} steps, a round's work of all",
+        medfl=Spread.of(masked),
+        rivals={"plain": Spread.of(plain)},
+        unit="s",
+        limit=1.3 * median(plain),
+        agree=_agree(ended, sites),
+        notes={
+            "plain": _told(costs[False]),
+            "secure": _told(costs[True]),
+            "ratio": median(masked) / median(plain),
+            "ratio_apart": median(c.apart for c in costs[True])
+            / median(c.apart for c in costs[False]),
+        },
+    )
+
+
+def _told(costs: list[Cost]) -> dict[str, float]:
+    return {name: median(c[name] for c in map(asdict, costs)) for name in Cost.__annotations__}
+
+
+def _agree(ended: dict[bool, Outcome], sites: int) -> bool:
+    """Whether the models differ by what rounding explains: half a step a round, and float32's."""
+    records = [r for outcome in ended.values() for r in outcome.records]
+    step = 1.0 / RINGS["float32"].levels(sites)
+    plain, masked = ended[False].weights, ended[True].weights
+    apart = max(float(np.abs(a - masked[n]).max(initial=0.0)) for n, a in plain.items())
+    whole = all(not r.void and not r.left_out for r in records)
+    return whole and apart <= 100 * (step + 2.0**-24)
 
 
 def study_of(sites: int, hidden: int, steps: int, rounds: int, *, secure: bool) -> Study:
