@@ -13,11 +13,12 @@ from scipy import stats
 from medfl.common.errors import FederationError, PolicyRefused, TooFewUpdates
 from medfl.common.secure import exchange as said
 from medfl.common.secure.collector import Collector
-from medfl.common.secure.exchange import Agreement, Present, Revealed, Unmask
+from medfl.common.secure.exchange import Agreement, Exchange, Present, Revealed, Unmask
 from medfl.common.secure.member import advertise
 from medfl.common.secure.rings import RINGS, Ring, add_stream, signed, to_wire
 
 FULL = Ring(4)
+EXCHANGE = Exchange(study="s" * 64, run="main", round=3, attempt=0)
 NAMES = tuple(f"h{i}" for i in range(6))  # threshold 5 at two thirds, 4 at a half
 
 
@@ -278,6 +279,29 @@ def test_sites_that_were_told_two_rosters_add_up_to_noise(table, updates) -> Non
         add_stream(total, said.own_stream(agreement, site, own), -1)
     assert stats.kstest((total + 0.5) / 2**32, "uniform").pvalue > 1e-7
     assert collector.present() == all_of_them
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"threshold": 6},
+        {"weight_cap": 1},
+        {"exchange": replace(EXCHANGE, round=4)},
+        {"exchange": replace(EXCHANGE, attempt=1)},
+        {"exchange": replace(EXCHANGE, run="another")},
+        {"exchange": replace(EXCHANGE, study="t" * 64)},
+    ],
+)
+def test_whoever_was_told_something_else_has_another_stream(table, other) -> None:
+    played = table(NAMES)
+    agreement = played.advertise()
+    secret = {n: said.integer(played.members[n].masking) for n in NAMES}
+    here = said.pair_stream(agreement, NAMES, secret["h1"], "h1", "h2")
+    assert here == said.pair_stream(agreement, NAMES, secret["h2"], "h2", "h1")
+    told = replace(agreement, **other)
+    assert here != said.pair_stream(told, NAMES, secret["h2"], "h2", "h1")
+    assert here != said.pair_stream(agreement, NAMES[:5], secret["h2"], "h2", "h1")
+    assert here != said.pair_stream(agreement, NAMES, secret["h3"], "h3", "h2")
 
 
 # Shares on their way.
