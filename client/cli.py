@@ -126,7 +126,7 @@ def lineage(
     elif not used:
         typer.echo("No round was trained on this patient's data.")
     for u in () if as_json else used:
-        typer.echo(f"study {u.study} round {u.round} cohort {u.cohort} model {u.model}")
+        typer.echo(f"study {u.study} run {u.run} round {u.round} cohort {u.cohort}")
 
 
 @app.command()

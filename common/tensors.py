@@ -75,7 +75,7 @@ def digest(tensors: Tensors) -> str:
 def raw_bytes(array: Array) -> memoryview:
     """The bytes of an array in C order; not copied where they lie so."""
     flat = np.ascontiguousarray(array).reshape(-1)
-    return memoryview(flat.view(np.uint8))
+    return flat.view(np.uint8).data
 
 
 def header(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:

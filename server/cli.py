@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medfl.common import cli
+from medfl.server.cli_lineage import plan_without
 from medfl.server.cli_report import report
 from medfl.server.cli_runs import add_run_commands
 
@@ -355,6 +356,7 @@ def _show(plain: Any, lines: list[str], as_json: bool) -> None:
 
 # After the others: --help lists commands in the order in which they were added.
 add_run_commands(app)
+app.command("plan-without")(plan_without)
 app.command()(report)
 
 if __name__ == "__main__":

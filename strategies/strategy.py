@@ -87,12 +87,15 @@ class Strategy:
     """How updates become the next model, and what that asks of local training.
 
     fewest: updates a round that `combine` can do with; a study's min_sites is at least that.
+    compares: whether an update may be left out for its length among the others' (admission). Not
+        under [site_privacy]: one hospital's length would then decide about another's update.
     """
 
     combine: Combine = weighted_mean
     server_step: ServerStep = take_mean
     local: Local = Local()
     fewest: int = 1
+    compares: bool = True
 
     @property
     def needs_only_a_sum(self) -> bool:

@@ -46,6 +46,7 @@ def context(run: Run) -> dict[str, Any]:
         "sides": _orientation(run) is not None,
         "shows_masks": run.study.task.kind == "segmentation",
         "privacy_words": summary.privacy_words(run),
+        "site_privacy_words": summary.site_privacy_words(run),
         "privacy": tables.privacy_table(run) if run.private_sites else None,
         "privacy_figure": curves.epsilon_over_rounds(run) if run.private_sites else None,
         "data": tables.data_table(run),

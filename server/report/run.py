@@ -52,6 +52,7 @@ class Round:
 
     The loss is that of training in this round. run: "main" or a baseline's name. site_*: by site
     name. left_out: why, by site. void: too few answers, so the model stayed as it was.
+    epsilon: of a hospital by [site_privacy]; None without it.
     """
 
     run: str
@@ -63,6 +64,7 @@ class Round:
     site_epsilon: Mapping[str, float | None]
     left_out: Mapping[str, str]
     void: bool
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,11 @@ class Run:
     def private_sites(self) -> tuple[SiteResult, ...]:
         """The hospitals that trained under differential privacy."""
         return tuple(s for s in self.federated.sites if s.epsilon is not None)
+
+    @property
+    def site_epsilon(self) -> float | None:
+        """What the run's models tell of a whole hospital at most; None without [site_privacy]."""
+        return max((r.epsilon for r in self.rounds if r.epsilon is not None), default=None)
 
 
 def read_run(folder: Path) -> Run:
@@ -167,6 +174,7 @@ def _rounds(path: Path) -> Iterator[Round]:
             site_epsilon={s["name"]: _number(s.get("epsilon")) for s in sites},
             left_out={str(k): str(v) for k, v in (plain.get("left_out") or {}).items()},
             void=bool(plain.get("void", False)),
+            epsilon=_number(plain.get("epsilon")),
         )
 
 

@@ -131,20 +131,24 @@ def _others(run: Run, metric: str) -> str:
 
 
 def _privacy(run: Run) -> str:
-    private = run.private_sites
+    private, whole = run.private_sites, run.site_epsilon
+    together = f"Whole hospitals are protected with ε of at most {words.epsilon(whole)}."
     if not private:
-        return "No differential privacy was used."
+        return "No differential privacy was used." if whole is None else together
     largest = words.epsilon(max(s.epsilon or 0.0 for s in private))
     who = (
         "All hospitals"
         if len(private) == len(run.federated.sites)
         else f"{len(private)} of {_hospitals(len(run.federated.sites))}"
     )
-    return f"{who} trained under differential privacy, with ε of at most {largest}."
+    said = f"{who} trained under differential privacy, with ε of at most {largest}."
+    return said if whole is None else f"{said} {together}"
 
 
 def privacy_words(run: Run) -> list[str]:
     """What ε covers and what it does not, a paragraph each; never more than was done."""
+    if not run.private_sites and run.study.site_privacy is not None:
+        return ["No hospital trained under differential privacy of its own patients."]
     if not run.private_sites:
         what = "images" if run.study.image is not None else "records"
         return [
@@ -173,6 +177,20 @@ def privacy_words(run: Run) -> list[str]:
             "patients have no such bound."
         )
     return parts
+
+
+def site_privacy_words(run: Run) -> str:
+    """What the coordinator's noise on the sum covers; nothing without [site_privacy]."""
+    privacy, epsilon = run.study.site_privacy, run.site_epsilon
+    if privacy is None or epsilon is None:
+        return ""
+    bound = f"ε of {words.epsilon(epsilon)} at δ of {words.small_number(privacy.delta)}"
+    return (
+        f"Whole hospitals: {bound} bounds how much the models can depend on everything that one "
+        "hospital sent, and so on any one of its patients, for whoever gets the models. It does "
+        "not protect a hospital from the coordinator, which received its updates as they were, "
+        "nor what this report says of single hospitals; who took part is no secret."
+    )
 
 
 def _not_covered(run: Run) -> str:

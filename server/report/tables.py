@@ -62,6 +62,8 @@ def cards(run: Run, metric: str | None) -> list[tuple[str, str, str]]:
         if private
         else ("Privacy loss ε", "no bound", "no differential privacy")
     )
+    if run.site_epsilon is not None:
+        found.append(("ε of a whole hospital", words.epsilon(run.site_epsilon), "on the sum"))
     return found
 
 
