@@ -3,7 +3,8 @@
 Keys and shares of the next round ride on this round's answers where the coordinator asks for them.
 What a site knows of an exchange lies in `state/secure`, readable by nobody else, and is written
 before the answer leaves: after a crash it masks nothing twice, and takes masks off for no second
-sum. The secrets serve one round; those of the last two rounds are kept.
+sum. The secrets serve one round; those of the last two rounds are kept, and no backup has them
+(`.once`).
 """
 
 from __future__ import annotations
@@ -241,14 +242,14 @@ def _keep(hospital: Hospital, member: Member) -> None:
     round_ = member.exchange.round
     wanted = {_file(hospital, round_), _file(hospital, round_ - 1)}
     if not member.present:
-        for file in _folder(hospital).glob("member-*.json"):
+        for file in _folder(hospital).glob("member-*.once"):
             if file not in wanted:
                 file.unlink()
     save_record(_file(hospital, round_), member)
 
 
 def _file(hospital: Hospital, round_: int) -> Path:
-    return _folder(hospital) / f"member-{round_:05d}.json"
+    return _folder(hospital) / f"member-{round_:05d}.once"
 
 
 def _folder(hospital: Hospital) -> Path:

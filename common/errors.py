@@ -11,6 +11,7 @@ MedflError (1)
 │   └── TrainerDied        a hospital's training process ended before it answered
 │   └── NotFinite          training gave an update with NaN or infinities
 │   └── TooFewUpdates      one round has too few for its strategy; the round is void, not the run
+│   └── LogRolledBack      an audit log is shorter than it was; a person must say that it may be
 ├── StorageError (7)       the disk is full or a file of ours is damaged
 └── Interrupted (8)        a person stopped the run; what was done is kept
 
@@ -83,6 +84,10 @@ class TooFewUpdates(FederationError):
 
 class NotFinite(FederationError):
     """Training gave an update that is not finite, where nobody could see that in the sum."""
+
+
+class LogRolledBack(FederationError):
+    """An audit log is shorter, or another, than it was; nothing goes on until a person accepts."""
 
 
 class TrainerDied(FederationError):

@@ -186,6 +186,7 @@ class Gateway:
         self.peers = peers or Peers(federation)
         self._federation, self._settings = federation, settings
         refuse_expired(federation)
+        federation.signing_key()  # a damaged key stops the start, not the first run
         self._server = grpc.server(
             ThreadPoolExecutor(settings.workers, thread_name_prefix="gateway"),
             options=[

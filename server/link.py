@@ -71,6 +71,8 @@ _UPLOAD_S = 120.0
 # Calls for objects at a time: one travels while another is worked on.
 _AT_ONCE = 2
 _TTL_S = 7 * 24 * 3600.0
+# A call that the SuperLink cannot serve is repeated for so long.
+_BUSY_S, _LOOK_S = 60.0, 0.5
 
 
 class Link:
@@ -401,11 +403,38 @@ class _Key:
         return call_next(context)
 
 
+class _Patient:
+    """Repeats a call that the SuperLink cannot serve just now; last in a row of interceptors, since
+    the others add headers that may be there only once. What is signed for one use is not repeated.
+    """
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        until = time.monotonic() + (0.0 if context.rpc_method == _ACQUIRE else _BUSY_S)
+        while True:
+            response = call_next(context)
+            if not _is_busy(context, response) or time.monotonic() > until:
+                return response
+            response.close()
+            time.sleep(_LOOK_S)
+
+
+def _is_busy(context: ProtobufRequestContext, response: httpx.Response) -> bool:
+    """Its database is locked by another process, or the like: 500, or an object not stored."""
+    if response.status_code != 200 or not context.rpc_method.endswith("PushObject"):
+        return response.status_code >= 500
+    return not message_pb2.PushObjectResponse.FromString(response.content).stored
+
+
 def _runtime(address: str, key: str, more: list[Any]) -> RuntimeHttpClient:
     return RuntimeHttpClient.from_server_address(
         server_address=address,
         insecure=True,
         root_certificates=None,
-        interceptors=[_Key(key), RuntimeVersionHttpInterceptor("flwr-serverapp"), *more],
+        interceptors=[
+            _Key(key),
+            RuntimeVersionHttpInterceptor("flwr-serverapp"),
+            *more,
+            _Patient(),
+        ],
         retry_invoker=make_simple_http_retry_invoker(),
     )

@@ -127,6 +127,11 @@ def on_its_way(answer: bytes) -> bool:
     return bool(got.object_found and not got.object_available)
 
 
+def not_stored(answer: bytes) -> bool:
+    """Whether the answer to a push-object call says so: the database is locked, or the like."""
+    return not message_pb2.PushObjectResponse.FromString(answer).stored
+
+
 def _parsed(call: str, body: bytes) -> Any:
     try:
         return _REQUESTS[call].FromString(body)

@@ -39,8 +39,12 @@ _KEPT_ANSWERS = 16
 _HOLD_S = 20.0
 # Without the bell a held pull still looks this often.
 _LOOK_S = 5.0
-_OBJECT_WAIT_S = 2.0
 _AT_ONCE = 4
+# Answers that a SuperNode would give up at too early: call -> (which, repeated for s, after s).
+_AGAIN = {
+    "pull-object": (nodes.on_its_way, 2.0, 0.02),
+    "push-object": (nodes.not_stored, 30.0, 0.5),
+}
 MAX_UPLOAD = 8 * 1024**3
 
 
@@ -185,11 +189,12 @@ class Gate:
         if name == "pull-messages":
             return self._held(site, guest, call, active)
         answer = self._pass(guest, call, call.body)
-        if name != "pull-object":
+        if name not in _AGAIN:
             return answer
-        until = time.monotonic() + _OBJECT_WAIT_S
-        while answer.status == 200 and nodes.on_its_way(answer.body) and time.monotonic() < until:
-            time.sleep(0.02)
+        again, wait_s, nap_s = _AGAIN[name]
+        until = time.monotonic() + wait_s
+        while answer.status == 200 and again(answer.body) and time.monotonic() < until:
+            time.sleep(nap_s)
             answer = self._pass(guest, call, call.body)
         return answer
 

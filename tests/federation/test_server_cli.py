@@ -161,6 +161,18 @@ def test_the_clients_settings_come_from_file_then_environment_then_flags(
     assert "no such file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["start", "approve"])
+def test_a_policy_that_everybody_can_write_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text('name = "a"\n[data]\nformat = "table"\npath = "x.csv"\n')
+    site.chmod(0o666)
+    argv = [command, *(["tiny"] if command == "approve" else []), "--site", str(site)]
+    assert client_cli.main([*argv, "--state", str(tmp_path / "state")]) == 2
+    assert "every user of this machine may change it" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_from_invitation_to_model_in_real_processes(
     fed: Path, processes: Any, write_study: Callable[..., str]

@@ -13,6 +13,7 @@ from medfl.client import hospital as module
 from medfl.client.hospital import answer
 from medfl.client.secure_site import simulated_identity
 from medfl.common import tensors
+from medfl.common.backup import below
 from medfl.common.errors import FederationError, PolicyRefused
 from medfl.common.secure.updates import cap_of, scale_of
 from medfl.common.tensors import floats, l2_norm
@@ -177,7 +178,7 @@ def test_later_rounds_take_two_exchanges_and_four_after_a_site_fell_silent(
     assert largest_difference(train(plain).weights, outcome.weights) < 1e-5
     folder = said.hospitals[0].state / "secure"
     assert sorted(f.name for f in folder.glob("member*")) == [
-        f"member-0000{r}.json" for r in (3, 4)
+        f"member-0000{r}.once" for r in (3, 4)
     ]
 
 
@@ -335,8 +336,9 @@ def test_what_a_site_keeps_of_an_exchange_is_for_its_own_eyes(table_study, wire,
     train(said)
     folder = said.hospitals[0].state / "secure"
     assert folder.stat().st_mode & 0o077 == 0
-    assert {f.name for f in folder.iterdir()} == {"member-00001.json", "summed.json"}
+    assert {f.name for f in folder.iterdir()} == {"member-00001.once", "summed.json"}
     assert not any(f.stat().st_mode & 0o077 for f in folder.iterdir())
+    assert [name for name, _ in below(folder, "state")] == ["state/summed.json"]  # in a backup
 
 
 def test_a_message_of_a_round_cannot_be_asked_twice(table_study, wire, train) -> None:

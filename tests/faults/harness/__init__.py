@@ -1,0 +1,1 @@
+"""What the fault campaign stands on: real processes, a chaos proxy, broken commands, the table."""
