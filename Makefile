@@ -14,7 +14,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-federation test fast faults lint lint-deploy format types check bench lock clean
+.PHONY: help setup demo demo-federation test fast faults soak lint lint-deploy format types check bench lock clean
 
 help: ## this list
 	@echo 'medfl: federated learning that hospitals run'
@@ -37,6 +37,9 @@ fast: $(DEV_READY) ## the tests that take less than a few seconds each
 faults: $(DEV_READY) ## every case of the fault campaign; writes tests/faults/RESULTS.md
 	MEDFL_FAULTS=1 MEDFL_FAULTS_TABLE=tests/faults/RESULTS.md OMP_NUM_THREADS=1 \
 	    $(PYTEST) tests/faults $$($(BIN)/python tests/faults/harness/cases.py)
+
+soak: $(DEV_READY) ## 300 rounds under faults thrown at random; writes tests/faults/SOAK.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py --out tests/faults/SOAK.md
 
 lint: $(DEV_READY) ## ruff: faults and format
 	$(BIN)/ruff check .

@@ -161,7 +161,8 @@ def _report(
             line.call("Report", Report(session, "connected"), Done)
             if lost:
                 said("Connected again.")
-                lost = False
+                # Whoever is back may have been put back from a backup: look at its log now.
+                lost, shown = False, -1
             if time.monotonic() - greeted > _GREET_S:
                 greeted = time.monotonic()
                 enrolment.greet(home, line, session, __version__)

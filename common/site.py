@@ -22,6 +22,8 @@ class Policy:
     round_metrics_to: decimals of metrics that leave the hospital.
     require_secure_aggregation: train only in studies whose updates are summed under masks.
     min_sum_sites: under masks, the fewest hospitals (this one counted) whose sum may be seen.
+    smallest_count: a number of cases below this does not leave, nor do metrics of so few; with
+        fewer training cases the site takes no part.
     """
 
     min_cases: Count = 1
@@ -33,6 +35,7 @@ class Policy:
     round_metrics_to: Count = 4
     require_secure_aggregation: bool = False
     min_sum_sites: Annotated[int, Field(ge=2)] = 3
+    smallest_count: Count = 5
 
 
 @written
