@@ -84,9 +84,14 @@ def _part_of(reply: Reply) -> tuple[LocalStatistics | None, str]:
 
 def ask(sites: Sites, roster: Roster, asked: Instruction) -> Iterator[Reply]:
     """Replies under the names that the sites took part with."""
-    replies = sites.ask((address, asked) for address in roster.values())
-    for name, reply in zip(roster, replies, strict=True):
+    return ask_each(sites, roster, dict.fromkeys(roster, asked))
+
+
+def ask_each(sites: Sites, roster: Roster, asked: Mapping[str, Instruction]) -> Iterator[Reply]:
+    """The same, where each site is asked something of its own; in the order of `asked`."""
+    replies = sites.ask((roster[name], one) for name, one in asked.items())
+    for (name, one), reply in zip(asked.items(), replies, strict=True):
         why = reply.refusal
-        if not why and (reply.site, reply.round) != (name, asked.round):
+        if not why and (reply.site, reply.round) != (name, one.round):
             why = "answer to another question"
-        yield Reply(site=name, round=asked.round, refusal=why) if why else reply
+        yield Reply(site=name, round=one.round, refusal=why) if why else reply
