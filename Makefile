@@ -13,16 +13,19 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fast lint format types check lock clean
+.PHONY: help setup demo demo-federation test fast lint format types check bench lock clean
 
 help: ## this list
 	@echo 'medfl: federated learning that hospitals run'
 	@echo
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) \
-	    | while IFS=@ read -r goal text; do printf '%-14s %s\n' "$$goal" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1@\2/p' $(firstword $(MAKEFILE_LIST)) \
+	    | while IFS=@ read -r goal text; do printf '%-20s %s\n' "$$goal" "$$text"; done
 
 demo: $(RUN_READY) ## three hospitals train one model on this machine; ends with a report
 	$(BIN)/medfl-simulate demo
+
+demo-federation: $(RUN_READY) ## the same by separate processes: coordinator, hospitals, TLS, consent
+	$(BIN)/medfl-simulate demo-federation
 
 test: $(DEV_READY) ## every test
 	OMP_NUM_THREADS=1 $(PYTEST)
@@ -45,6 +48,9 @@ check: ## lint, types and every test: run it before you hand anything in
 	$(MAKE) --no-print-directory lint
 	$(MAKE) --no-print-directory types
 	$(MAKE) --no-print-directory test
+
+bench: $(RUN_READY) ## measure speed and memory against Flower; dated files in simulations/benchmarks/results
+	$(BIN)/python -m medfl.simulations.benchmarks all --out simulations/benchmarks/results
 
 setup: $(DEV_READY) ## install everything, run nothing
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from medfl.client import consent
+from medfl.client import consent, witness
 from medfl.client.consent import Refusal, allowed
 from medfl.client.data.lineage import Used, lineage_path, record_round
 from medfl.client.hospital import Hospital
-from medfl.client.ledger_watch import LedgerWatch
 from medfl.client.premises import Home
 from medfl.common.errors import PolicyRefused
 from medfl.common.messages import Envelope, Instruction
@@ -24,7 +23,6 @@ from medfl.common.private_files import (
 from medfl.common.receipts import Seal, asked_by, attach, content_of, seal
 from medfl.common.site import Site, load_site
 from medfl.common.study import Study
-from medfl.common.tensors import digest as digest_of
 
 
 class InContext(Protocol):
@@ -44,18 +42,14 @@ class Approved:
     site_file: Path
     name: str
     _last: tuple[str, Hospital] | None = field(default=None)
-    _lineage: Path | None = field(default=None)
-    _watch: LedgerWatch = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._watch = LedgerWatch(self.home)
 
     def __call__(self, context: InContext) -> Hospital:
         """The hospital, if the study is approved now.
 
         Raises:
-            PolicyRefused: it is not, or the cases are others than those that were approved.
-            StorageError: what is done could not be written down, or the ledger has shrunk.
+            PolicyRefused: it is not, or the cases are others than those that were approved, or the
+                privacy ledger was put back.
+            StorageError: what is done could not be written down.
         """
         refuse_full(self.home.folder)
         digest = str(context.run_config["study"])
@@ -66,13 +60,21 @@ class Approved:
             site, study = load_site(self.site_file), consent.by_digest(self.home, digest)
             hospital = self._hospital(site, study)
             self._refuse(digest, hospital.cohort.digest)
-            self._last, self._lineage = (digest, hospital), lineage_path(site)
-        self._watch.refuse_shrunk(hospital.ledger)
+            self._last = digest, hospital
+        witness.refuse_other_ledger(self.home, hospital.ledger)
         begin_run(hospital, str(context.run_config.get("run", "")))
         return hospital
 
     def seal(self, about: str, asked: Instruction, envelope: Envelope) -> Envelope:
-        """The answer with this site's signature. about: JSON part of the instruction as it came."""
+        """The answer with this site's signature. about: JSON part of the instruction as it came.
+
+        An update is in the lineage when this returns.
+
+        Raises:
+            StorageError: it could not be written down, and stays here.
+        """
+        if asked.kind == "round" and envelope.arrays.get("delta"):
+            self._note_lineage(asked)
         bare = Seal(
             study=asked.study_digest,
             run=asked.run,
@@ -84,7 +86,6 @@ class Approved:
             content=content_of(envelope),
         )
         sealed = seal(self.home.signing_key(), bare)
-        self._note_use(asked, envelope)
         self.home.record(
             "answered",
             study=asked.study_digest,
@@ -95,15 +96,12 @@ class Approved:
         )
         return attach(envelope, sealed)
 
-    def _note_use(self, asked: Instruction, envelope: Envelope) -> None:
-        """Before an answer leaves: the ledger's head, and which patients' round this was."""
-        if self._last is None or self._lineage is None or self._last[0] != asked.study_digest:
-            return
-        hospital = self._last[1]
-        self._watch.note(hospital.ledger)
-        if delta := envelope.arrays.get("delta"):
-            used = Used(asked.study_digest, hospital.cohort.digest, asked.round, digest_of(delta))
-            record_round(self._lineage, hospital.cohort, used)
+    def _note_lineage(self, asked: Instruction) -> None:
+        if self._last is None:
+            raise PolicyRefused("There is an update and no cohort that it could have come from.")
+        cohort = self._last[1].cohort
+        used = Used(asked.study_digest, asked.run, cohort.digest, asked.round, asked.model)
+        record_round(lineage_path(load_site(self.site_file)), cohort, used)
 
     def _kept(self, digest: str) -> Hospital | None:
         """The hospital of the last message, if it is for this study and the cases approved now."""

@@ -25,7 +25,7 @@ from medfl.common import accounting
 from medfl.common.errors import BudgetSpent, PolicyRefused
 from medfl.common.messages import Part
 from medfl.common.site import SitePrivacy
-from medfl.common.study import Study
+from medfl.common.study import Study, unprotected
 
 Purpose = Literal["training", "validation", "test"]
 
@@ -109,15 +109,10 @@ def refuse_unprotected(study: Study) -> None:
 
 
 def _unprotected(study: Study) -> Iterator[str]:
-    if study.record is not None:
-        if study.record.scale in ("federated", "site"):
-            yield 'record.scale (write "range", with a range for each number)'
-        if any(f.kind == "category" and f.levels is None for f in study.record.features):
-            yield "record.features (write the levels of each category)"
-    if study.image is not None and study.image.intensity == "federated":
-        yield 'image.intensity (write "zscore", "percentiles" or "range")'
-    if study.training.loss == "weighted_cross_entropy" and study.training.class_weights is None:
-        yield "training.class_weights (write them)"
+    if study.record is not None and study.record.scale == "site":
+        # The hospital's own means shape what its updates say.
+        yield 'record.scale (write "range", with a range for each number)'
+    yield from unprotected(study)
 
 
 def dp_plan(study: Study, terms: Terms) -> tuple[DpPlan, int]:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from medfl.client.cli_check import check
 from medfl.client.cli_defaults import defaults
 from medfl.client.cli_federation import add_federation_commands
 from medfl.common import cli
-from medfl.common.errors import ConfigError
-
-if TYPE_CHECKING:
-    from medfl.client.data.cases import Cohort
 
 app = cli.new_app()
 add_federation_commands(app)
+app.command()(check)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,60 +30,17 @@ def _options(version: cli.Version = False) -> None:
     Settings come from client.toml (in ~/.config/medfl or /etc/medfl, or where MEDFL_CLIENT_TOML
     points), then from MEDFL_STATE and MEDFL_SITE, then from flags.
 
-    Example: medfl-client check site.toml --study study.toml --html check.html
+    Example: medfl-client enrol coordinator.example:443 --token medfl1.st-marys.…
+
+    Example: medfl-client check site.toml
     """
-
-
-@app.command()
-def check(
-    site: Annotated[Path, typer.Argument(help="The hospital's own file (site.toml).")],
-    study: Annotated[Path, typer.Option(help="The study file (study.toml).")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: counts, no names.")] = False,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a page with pictures, for the hospital only.")
-    ] = None,
-    left_out: Annotated[
-        Path | None,
-        typer.Option(help="Write the cases left out, by name, as CSV, for the hospital only."),
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Cases prepared at the same time.")] = 1,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
-) -> None:
-    """Say which cases serve the study, which do not and why, and what to do about it.
-
-    Nothing is sent anywhere, and no file of the hospital is changed.
-
-    Example: medfl-client check site.toml --study study.toml
-
-    Example: medfl-client check site.toml --study study.toml --json > check.json
-    """
-    cli.log_to_stderr(verbose)
-    # Imported here, so that --help stays fast.
-    from medfl.client.data.check import check_with_cohort, describe
-    from medfl.common.site import load_site
-    from medfl.common.study import load_study
-    from medfl.strategies.catalogue import study_faults
-
-    agreed = load_study(study)
-    if faults := study_faults(agreed):
-        raise ConfigError([f"{study}: {fault}" for fault in faults])
-    checked = check_with_cohort(load_site(site), agreed, n_jobs=jobs)
-    if html is not None:
-        from medfl.client.data.check_page import page
-
-        _write(html, page(checked, agreed))
-    if left_out is not None:
-        _write(left_out, _as_csv(checked.cohort))
-    if as_json:
-        typer.echo(json.dumps(checked.result.to_plain(), indent=2))
-    else:
-        typer.echo("\n".join(describe(checked.result)))
-    raise typer.Exit(checked.result.exit_code)
 
 
 @app.command()
 def budget(
-    site: Annotated[Path, typer.Argument(help="The hospital's own file (site.toml).")],
+    site: Annotated[
+        Path, typer.Argument(envvar="MEDFL_SITE", help="The hospital's own file.")
+    ] = Path("site.toml"),
     study: Annotated[
         Path | None, typer.Option(help="A study file, to say what it would cost.")
     ] = None,
@@ -143,7 +98,7 @@ def exclude(
     secret = load_secret(secret_path(own))
     changed = change_list(list_path(own), secret, patient, withdrawn=not undo)
     count = len(load_withdrawn(list_path(own)))
-    typer.echo(f"{'Done' if changed else 'Nothing to change'}; {count} patients are on the list.")
+    typer.echo(f"{'Done' if changed else 'Nothing to change'}; {count} on the list.")
 
 
 @app.command()
@@ -171,7 +126,7 @@ def lineage(
     elif not used:
         typer.echo("No round was trained on this patient's data.")
     for u in () if as_json else used:
-        typer.echo(f"study {u.study} round {u.round} cohort {u.cohort} model {u.model}")
+        typer.echo(f"study {u.study} run {u.run} round {u.round} cohort {u.cohort}")
 
 
 @app.command()
@@ -210,30 +165,6 @@ def deid(
         typer.echo(json.dumps(summary.to_plain(), indent=2))
     else:
         typer.echo("\n".join(describe(summary)))
-
-
-def _as_csv(cohort: Cohort) -> str:
-    import csv
-    import io
-
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(["case", "reason", "detail"])
-    writer.writerows([q.case_id, q.reason, q.detail] for q in cohort.quarantined)
-    return buffer.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    from medfl.common.errors import StorageError
-
-    try:
-        path.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise StorageError(
-            f"{path} cannot be written: {error.strerror}. Check the folder and the free space."
-        ) from None
-    # Both files speak of patients.
-    path.chmod(0o600)
 
 
 if __name__ == "__main__":

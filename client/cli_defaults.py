@@ -42,7 +42,7 @@ def _file() -> Path | None:
 def _for(command: click.Command, values: dict[str, Any]) -> dict[str, Any]:
     """The values for a command's options, and so on for the commands below it."""
     below: dict[str, click.Command] = getattr(command, "commands", {})
-    # `check` takes the site's file as an argument, which stays to be said.
-    options = {p.name for p in command.params if p.param_type_name == "option"}
-    own = {key: value for key, value in values.items() if key in options}
+    # Where the site's file must be said (exclude, lineage), a default would shift the arguments.
+    open_ = {p.name for p in command.params if not p.required}
+    own = {key: value for key, value in values.items() if key in open_}
     return own | {name: _for(inner, values) for name, inner in below.items()}

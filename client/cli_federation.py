@@ -77,7 +77,7 @@ def enrol(
     lines = [
         f"Enrolled as {made.site} in {made.federation}. Keys are in {home.folder}.",
         f"Compare by telephone: {fingerprint}",
-        "Next: medfl-client studies",
+        "Next: medfl-client check, where site.toml is written; then medfl-client studies",
     ]
     _show(plain, lines, as_json)
 
@@ -97,8 +97,9 @@ def studies(state: State = HOME, as_json: AsJson = False) -> None:
         for p in found
     ]
     lines = [f"{p['name']:20} {p['digest'][:12]}  {p['verdict']}" for p in plain]
-    lines = lines or ["The coordinator has published no study."]
-    _show({"studies": plain}, [*lines, "Next: medfl-client show NAME"], as_json)
+    lines.append("Next: medfl-client show NAME")
+    none = ["The coordinator has published no study yet. Next: medfl-client studies, another day"]
+    _show({"studies": plain}, lines if plain else none, as_json)
 
 
 def show(
@@ -147,12 +148,14 @@ def approve(
 
     home, own = _home(state), _site(site)
     published, found = consent.find(home, study)
+    if not yes and not sys.stdin.isatty():
+        raise ConfigError("There is nobody to ask: read `medfl-client show`, then say --yes")
     cohort, cases = _checked(own, found)
-    if not as_json:
-        typer.echo("\n".join(words.describe(found, published, home.enrolment(), own)))
-        typer.echo("")
     if not yes:
-        _ask(f"Sign {found.name} for {cases} training cases and {days:g} days?")
+        typer.echo("\n".join(words.describe(found, published, home.enrolment(), own)), err=as_json)
+        typer.echo("", err=as_json)
+        question = f"Sign {found.name} for {cases} training cases and {days:g} days?"
+        typer.confirm(question, abort=True, err=as_json)
     decision = consent.approve(home, found, cohort, cases, days)
     told = _send(home, decision)
     plain = {
@@ -361,12 +364,6 @@ def _checked(site: Site, study: Study) -> tuple[str, int]:
     return result.digest, terms.n_cases or 1
 
 
-def _ask(question: str) -> None:
-    if not sys.stdin.isatty():
-        raise ConfigError("There is nobody to ask: read `medfl-client show`, then say --yes")
-    typer.confirm(question, abort=True)
-
-
 def _send(home: Home, decision: Any) -> list[str]:
     """Tell the coordinator; what to say to the person where that is not possible now."""
     from medfl.client import consent, enrolment
@@ -392,8 +389,9 @@ def _running(home: Home) -> bool:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise ConfigError(f"{path}: cannot be read as text") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise ConfigError(f"{path}: cannot be read ({why})") from None
 
 
 def _show(plain: Any, lines: list[str], as_json: bool) -> None:

@@ -92,6 +92,11 @@ def translated(error: grpc.RpcError, address: str) -> MedflError:
             "this machine's clock. Compare the clocks; if they agree, tell the coordinator to run: "
             "medfl-server renew"
         )
+    if "errors resolving" in text or "DNS resolution failed" in text:
+        return FederationError(
+            f"The coordinator at {address} cannot be reached: its name has no address here. Check "
+            "the spelling, and that this machine may ask a DNS server for outside names."
+        )
     if "CERTIFICATE_VERIFY_FAILED" in text or "ostname" in text:
         return FederationError(
             f"What answers at {address} is not the coordinator of this federation: its "
@@ -99,6 +104,11 @@ def translated(error: grpc.RpcError, address: str) -> MedflError:
             "Check the address; if it is right, telephone the coordinator."
         )
     reason = "no answer in time" if code is grpc.StatusCode.DEADLINE_EXCEEDED else "no connection"
+    if "Connection refused" in text:
+        return FederationError(
+            f"The coordinator at {address} cannot be reached: its machine answers, and no server "
+            "listens at that port. Check the port, or ask whether medfl-server runs."
+        )
     return FederationError(
         f"The coordinator at {address} cannot be reached ({reason}). Check the address, the "
         "firewall (one outbound TCP connection) and the proxy settings; or its server is not "

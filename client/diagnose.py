@@ -15,6 +15,7 @@ from typing import Any
 from medfl import __version__
 from medfl.client import consent, enrolment, witness
 from medfl.client.coordinator import skew_warning
+from medfl.client.machine import existing
 from medfl.client.premises import Home
 from medfl.common import certificates
 from medfl.common.coordination import AskStudies, Studies
@@ -31,7 +32,7 @@ def bundle(home: Home, site_file: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": {name: _version(name) for name in _PACKAGES},
-        "free_gb": round(shutil.disk_usage(_existing(home.folder)).free / 1e9, 1),
+        "free_gb": round(shutil.disk_usage(existing(home.folder)).free / 1e9, 1),
         "enrolment": _tried(lambda: _enrolment(home)),
         "connection": _tried(lambda: _connection(home)),
         "site_file": _tried(lambda: _site(site_file)),
@@ -53,12 +54,6 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def _enrolment(home: Home) -> dict[str, Any]:

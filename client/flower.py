@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import httpx
 from flwr.app import Context, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SubStatus
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -39,7 +40,7 @@ from flwr.supernode.runtime.run_clientapp import push_message
 
 from medfl.client.hospital import Hospital, answer
 from medfl.common.errors import CaseError, FederationError, MedflError
-from medfl.common.flower_records import from_record, to_record
+from medfl.common.flower_records import from_record, joined, parted, to_record
 from medfl.common.messages import (
     Envelope,
     Instruction,
@@ -210,7 +211,7 @@ class Task:
 
     def payload(self) -> bytes:
         """The message for another process."""
-        return bytes(message_to_proto(self.message).SerializeToString())
+        return as_text(self.message)
 
     def answer(self, reply: Reply | bytes) -> None:
         """Hand the answer to the SuperNode. bytes: a reply as `run_payload` returns it.
@@ -221,7 +222,7 @@ class Task:
         if isinstance(reply, Reply):
             message = Message(to_record(pack(reply)), reply_to=self.message)
         else:
-            message = message_from_proto(ProtoMessage.FromString(reply))
+            message = from_text(memoryview(reply))
         context = Context(self.run_id, self.node_id, {}, RecordDict(), {})
         try:
             push_message(self._calls, message, context)
@@ -259,14 +260,29 @@ class Task:
             raise NodeGone(f"a task was not given ({type(error).__name__})") from error
 
 
-def run_payload(app: ClientApp, payload: bytes, run_id: int, node_id: int, study: str) -> bytes:
+def as_text(message: Message) -> bytes:
+    """A message for another process of this machine."""
+    bare = message_to_proto(remove_content_from_message(message))
+    return joined(bytes(bare.SerializeToString()), message.content)
+
+
+def from_text(text: memoryview) -> Message:
+    """Inverse of `as_text`; the arrays are views of it."""
+    bare, record = parted(text)
+    metadata = message_from_proto(ProtoMessage.FromString(bare)).metadata
+    return Message(content=record, metadata=metadata)  # type: ignore[call-overload,no-any-return]
+
+
+def run_payload(
+    app: ClientApp, payload: memoryview, run_id: int, node_id: int, study: str
+) -> bytes:
     """Run the installed app on a message of `Task.payload`; the reply as bytes.
 
     study: the digest that the task's bundle names; the app finds it in the context's run_config.
     """
-    message = message_from_proto(ProtoMessage.FromString(payload))
+    message = from_text(payload)
     context = Context(run_id, node_id, {}, RecordDict(), {"study": study})
-    return bytes(message_to_proto(app(message, context)).SerializeToString())
+    return as_text(app(message, context))
 
 
 def _runtime(address: str, more: ProtobufClientInterceptor) -> RuntimeHttpClient:

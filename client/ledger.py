@@ -6,7 +6,8 @@ process that is killed at any moment leaves a ledger that says too much, never t
 
 Each line holds the hash of the line before it. A line that was edited, removed or put in between
 breaks the chain here; a ledger that was cut short, put back from a backup or begun anew does not,
-and is noticed by whoever keeps a later `Head` (the coordinator, a colleague, a sheet of paper).
+and is noticed by whoever keeps a later `Head` (a colleague, a sheet of paper) or what was `sealed`
+later (the coordinator, `medfl.client.witness`).
 
 ledger.jsonl          {"number", "kind": open | reserve | settle, ..., "previous", "hash"} a line
 patients-<digest>.u64 sorted keyed hashes (HMAC-SHA256, first 8 bytes) of the patients of a cohort
@@ -146,6 +147,25 @@ class Ledger:
                 "rewritten. Restore the latest copy before anything is trained."
             )
         return None
+
+    def sealed(self, label: str) -> str:
+        """A word that only this ledger can give from now on, and that tells a reader nothing.
+
+        It is the last line's hash under the ledger's key, and with another label another word, so
+        that nobody can see whether anything was written between two of them. "" of no ledger.
+        """
+        lines = self._lines(make=False)
+        return self._seal(label, lines[-1]) if lines else ""
+
+    def has_sealed(self, label: str, word: str) -> bool:
+        """Whether this ledger has all that it had when it gave this word. Raises StorageError."""
+        lines = reversed(self._lines(make=False))
+        return any(hmac.compare_digest(self._seal(label, line), word) for line in lines)
+
+    def _seal(self, label: str, line: Line) -> str:
+        return hmac.new(
+            self._key(), f"head\x1f{label}\x1f{line['hash']}".encode(), "sha256"
+        ).hexdigest()
 
     def _heaviest(self, entries: Sequence[Entry], ids: Ids) -> list[list[Step]]:
         sets = {c: self._set(c) for c in {e.cohort for e in entries}}

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from medfl.client import budget
 from medfl.client.data.cases import Cohort
 from medfl.client.ledger import Entry
-from medfl.client.noise import fresh_key, key_from
 from medfl.client.released import Summary, with_noise, withheld
 from medfl.client.training.plan import DpPlan
 from medfl.common import tensors
 from medfl.common.messages import PARTS, Instruction, Part
 from medfl.common.metrics import summarise
+from medfl.common.noise import fresh_key, key_from
 
 if TYPE_CHECKING:
     from medfl.client.hospital import Hospital

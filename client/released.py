@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medfl.client.noise import Keystream
 from medfl.common.messages import Metrics
 from medfl.common.metrics.outcomes import outcomes
 from medfl.common.metrics.scores import DICE, Scores
+from medfl.common.noise import Keystream
 from medfl.common.study import Task
 
 Summary = Callable[[Task, Scores, Iterable[str]], Metrics]

@@ -23,11 +23,13 @@ from pydantic import ConfigDict
 from medfl import __version__
 from medfl.client import consent, enrolment, witness
 from medfl.client.coordinator import Line
+from medfl.client.ledger import Ledger
 from medfl.client.premises import Home
 from medfl.common.coordination import Bye, Done, Report
 from medfl.common.errors import FederationError, MedflError, PolicyRefused
 from medfl.common.kept import save_record
 from medfl.common.private_files import only_one
+from medfl.common.site import load_site
 
 log = logging.getLogger(__name__)
 
@@ -100,11 +102,12 @@ def _connection(
         enrolment.greet(home, line, session, __version__)
         consent.fetch(home, line)
         consent.send_all(home, line)
-        witness.exchange(home, line)
+        ledger = Ledger(load_site(site_file).ledger)
+        witness.exchange(home, line, ledger)
         said(f"Connected to {line.address}. Waiting for approved studies.")
         try:
             with _working(home, site_file, line, session):
-                _report(home, line, session, said, stopping)
+                _report(home, line, ledger, session, said, stopping)
         finally:
             try:
                 line.call("Bye", Bye(session), Done)
@@ -134,7 +137,12 @@ def _working(home: Home, site_file: Path, line: Line, session: str) -> Iterator[
 
 
 def _report(
-    home: Home, line: Line, session: str, said: Callable[[str], None], stopping: threading.Event
+    home: Home,
+    line: Line,
+    ledger: Ledger,
+    session: str,
+    said: Callable[[str], None],
+    stopping: threading.Event,
 ) -> None:
     """Say every few seconds that this site is there; show the log's head when it has grown."""
     renewed = time.monotonic()
@@ -147,7 +155,7 @@ def _report(
                 said("Connected again.")
                 lost = False
             if home.audit.head().n != shown:
-                witness.exchange(home, line)
+                witness.exchange(home, line, ledger)
                 consent.fetch(home, line)
                 shown = home.audit.head().n
             _note(home, "connected")

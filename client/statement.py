@@ -150,7 +150,8 @@ def describe(said: Plain, study: Plain | None) -> list[str]:
     for row in said["studies"]:
         lines.append(
             f"  {row['study']} ({row['digest'][:12]}): spent {_up(row['spent'])}, reserved "
-            f"{_up(row['reserved'])}, {row['uses']} uses in {row['runs']} runs, last {row['last']}"
+            f"{_up(row['reserved'])}, {row['uses']} uses in {row['runs']} "
+            f"run{'s' if row['runs'] > 1 else ''}, last {row['last']}"
         )
     head = said["head"]
     if head["lines"]:

@@ -40,7 +40,7 @@ def work(find_hospital: FindHospital) -> Callable[[bytes], bytes]:
     def do(task: bytes) -> bytes:
         size = int.from_bytes(task[:4], "big")
         about = json.loads(task[4 : 4 + size])
-        return run_payload(app, task[4 + size :], **about)
+        return run_payload(app, memoryview(task)[4 + size :], **about)
 
     return do
 

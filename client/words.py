@@ -43,7 +43,8 @@ def _who(study: Study, published: Published, enrolment: Enrolment) -> Iterator[s
         f"Who asks: the coordinator of {enrolment.federation}, on "
         f"{time.strftime('%Y-%m-%d', time.gmtime(published.at))}. The signature is right."
     )
-    yield f"For what: {study.purpose or 'the study does not say'}."
+    purpose = study.purpose.strip().rstrip(".") or "the study does not say"
+    yield f"For what: {purpose}."
 
 
 def _computed(study: Study) -> Iterator[str]:
@@ -103,6 +104,7 @@ def _privacy(study: Study, site: Site | None) -> Iterator[str]:
     if asked is None and own is None:
         yield "Privacy: no differential privacy. The weights' changes may tell something about"
         yield "  single patients to the coordinator. To insist on it: [privacy] in site.toml."
+        yield from _whole_hospital(study)
         return
     terms = terms_of(study, own)
     if terms is None:
@@ -113,8 +115,19 @@ def _privacy(study: Study, site: Site | None) -> Iterator[str]:
     )
     if own is not None and (asked is None or own.epsilon < asked.epsilon):
         yield "  This is this hospital's own limit; the study asks for less protection or none."
+    yield from _whole_hospital(study)
     if terms.metrics_epsilon is None:
         yield "  No counts, losses or metrics of this hospital leave it."
     else:
         spent = f"{terms.metrics_epsilon:g}"
         yield f"  Metrics leave with noise, for epsilon {spent} of their patients."
+
+
+def _whole_hospital(study: Study) -> Iterator[str]:
+    if study.site_privacy is not None:
+        asked = study.site_privacy
+        yield (
+            f"  The coordinator clips each hospital's update and puts noise on the sum: epsilon "
+            f"{asked.epsilon:g}, delta {asked.delta:g} for a whole hospital, against whoever"
+        )
+        yield "  gets the models. The coordinator itself sees this hospital's updates without it."

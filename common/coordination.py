@@ -140,20 +140,25 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class ShowHead:
-    """own: the site's signed head. seen: the site's signature under the coordinator's last."""
+    """own: the site's signed head. seen: the site's signature under the coordinator's last.
+
+    ledger: its privacy ledger's (`medfl.common.heads.ledger_of`); None where it has none.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     own: Witness
     seen: Witness | None = None
+    ledger: Witness | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class HeadSeen:
-    """own: the coordinator's signed head. seen: its signature under the site's."""
+    """own: the coordinator's signed head. seen, ledger: its signatures under the site's."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     own: Witness
     seen: Witness
+    ledger: Witness | None = None
 
 
 @dataclass(frozen=True, slots=True)

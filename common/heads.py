@@ -2,6 +2,10 @@
 
 A chain shows that nothing inside it was changed; that its end was not cut off shows only somebody
 else's word of how long it was. `Witness` is that word.
+
+A hospital's privacy ledger is witnessed in the same way, but its length and its hashes would tell
+what the hospital does elsewhere. So its witness counts how often it was shown, and holds a word
+that is new each time (`medfl.client.ledger.Ledger.sealed`).
 """
 
 from __future__ import annotations
@@ -49,6 +53,11 @@ class Checked:
     lines: int
     heads: int
     doubtful: int
+
+
+def ledger_of(site: str) -> str:
+    """What a site's privacy ledger is called in a witness; no site's name has a colon."""
+    return f"ledger:{site}"
 
 
 def checked(log: AuditLog, known: Mapping[int, str], doubtful: int) -> Checked:

@@ -215,6 +215,25 @@ class Privacy:
 
 
 @written
+class SiteLevelPrivacy:
+    """Differential privacy of whole hospitals, by noise of the coordinator (`[site_privacy]`).
+
+    It bounds what the models tell about all patients of one hospital together, to everybody but
+    the coordinator. It is for studies of many hospitals, and beside [privacy], not instead of it.
+
+    epsilon, delta: for the whole study, all rounds together, per hospital.
+    clip: bound on the L2 norm of one hospital's update of a round.
+    sites: hospitals that are expected. The noised sum is divided by this number, and not by that
+        of those who answered.
+    """
+
+    epsilon: Positive
+    delta: Positive
+    sites: Count
+    clip: Positive = 1.0
+
+
+@written
 class Evaluation:
     """Which cases train, validate and test, always by patient, and what is measured.
 
@@ -307,6 +326,7 @@ class Study:
     image: ImageInput | None = None
     record: RecordInput | None = None
     privacy: Privacy | None = None
+    site_privacy: SiteLevelPrivacy | None = None
     evaluation: Evaluation = Evaluation()
     quality: Quality = Quality()
     simulation: Simulation | None = None
@@ -469,6 +489,59 @@ def _privacy_faults(study: Study) -> list[str]:
     return faults
 
 
+def unprotected(study: Study) -> list[str]:
+    """What all hospitals compute from their records without noise, and get to know; with remedies.
+
+    It reaches everybody who gets the model, because the model's input is made with it.
+    """
+    found = []
+    record, image = study.record, study.image
+    if record is not None:
+        if record.scale == "federated":
+            found.append('record.scale (write "range", with a range for each number)')
+        if any(f.kind == "category" and f.levels is None for f in record.features):
+            found.append("record.features (write the levels of each category)")
+    if image is not None and image.intensity == "federated":
+        found.append('image.intensity (write "zscore", "percentiles" or "range")')
+    if study.training.loss == "weighted_cross_entropy" and study.training.class_weights is None:
+        found.append("training.class_weights (write them)")
+    return found
+
+
+def _site_privacy_faults(study: Study) -> list[str]:
+    privacy, federation, faults = study.site_privacy, study.federation, []
+    if privacy is None:
+        return []
+    if privacy.delta * privacy.sites >= 1:
+        faults.append("site_privacy.delta: must be below 1 / sites")
+    if federation.weighting != "equal":
+        faults.append(
+            'federation.weighting: write "equal"; with [site_privacy] every update has one bound, '
+            "which a weight would change"
+        )
+    if federation.sites_per_round is not None:
+        faults.append(
+            "federation.sites_per_round: remove it; with [site_privacy] every hospital is asked "
+            "in every round, and the noise is for that"
+        )
+    if federation.min_sites > privacy.sites:
+        faults.append("site_privacy.sites: must be at least federation.min_sites")
+    if federation.best_metric is not None:
+        faults.append(
+            'federation.best_metric: remove it and write keep = "last"; a choice by metrics is '
+            "an answer about the hospitals that [site_privacy] has no noise for"
+        )
+    if (study.model.options or {}).get("norm") == "batch":
+        faults.append(
+            "model.options.norm: batch norm's variances cannot carry the noise of [site_privacy]; "
+            'use "group" or "instance"'
+        )
+    return faults + [
+        f"site_privacy: {key}; without that it is computed from all hospitals with no noise"
+        for key in unprotected(study)
+    ]
+
+
 def _evaluation_faults(study: Study) -> list[str]:
     evaluation, faults = study.evaluation, []
     if evaluation.validation + evaluation.test >= 1:
@@ -509,6 +582,7 @@ _CHECKS = (
     _training_faults,
     _federation_faults,
     _privacy_faults,
+    _site_privacy_faults,
     _evaluation_faults,
     _simulation_faults,
 )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,21 @@ def l2_norm(tensors: Tensors) -> float:
 
 def _square_sum(array: Array) -> float:
     """In pieces that stay in the cache as float64, which is several times faster."""
-    flat = array.ravel()
-    pieces = (flat[i : i + _PIECE] for i in range(0, len(flat), _PIECE))
-    return math.fsum(float(np.square(piece, dtype=np.float64).sum()) for piece in pieces)
+    squares = (np.square(piece, dtype=np.float64) for piece in _pieces(array, _PIECE))
+    return math.fsum(float(square.sum()) for square in squares)
+
+
+def _pieces(array: Array, size: int) -> Iterator[Array]:
+    """The flattened array, `size` entries at a time."""
+    flat = array.reshape(-1)
+    return (flat[i : i + size] for i in range(0, len(flat), size))
 
 
 def all_finite(tensors: Tensors) -> bool:
     """Whether no entry is NaN or infinite."""
-    return all(bool(np.isfinite(a).all()) for a in tensors.values())
+    return all(
+        bool(np.isfinite(piece).all()) for a in tensors.values() for piece in _pieces(a, 2**18)
+    )
 
 
 def floats(tensors: Tensors) -> dict[str, Array]:
@@ -61,8 +68,84 @@ def digest(tensors: Tensors) -> str:
     for name in sorted(tensors):
         array = np.asarray(tensors[name], order="C")
         sha.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        sha.update(array.tobytes())
+        sha.update(raw_bytes(array))
     return sha.hexdigest()
+
+
+def raw_bytes(array: Array) -> memoryview:
+    """The bytes of an array in C order; not copied where they lie so."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return flat.view(np.uint8).data
+
+
+def header(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
+    """What a safetensors file begins with; the arrays' bytes follow in the order of `file_order`.
+
+    A number of 8 bytes, little endian: the length of the JSON text, padded with spaces to 8.
+    """
+    about: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    start = 0
+    for name in file_order(tensors):
+        array = tensors[name]
+        stop = start + array.nbytes
+        kind = _KINDS[array.dtype.newbyteorder("=").str[1:]]
+        about[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(about, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # arrays begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+# numpy's names and safetensors'.
+_KINDS = {
+    **{"f8": "F64", "f4": "F32", "f2": "F16", "b1": "BOOL"},
+    **{f"i{size}": f"I{8 * size}" for size in (1, 2, 4, 8)},
+    **{f"u{size}": f"U{8 * size}" for size in (1, 2, 4, 8)},
+}
+_TYPES = {kind: np.dtype(name) for name, kind in _KINDS.items()}
+
+
+def file_order(tensors: Tensors) -> list[str]:
+    """Names with the widest numbers first, so that every array is aligned; then by name."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def views(buffer: bytes | bytearray | memoryview) -> dict[str, Array]:
+    """The arrays of a safetensors text, as views of it. Nothing is set aside or copied.
+
+    Raises:
+        ValueError: it is none: header, types, shapes and places must fit each other exactly.
+    """
+    raw = memoryview(buffer)
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    if len(raw) < 8 or begin > len(raw):
+        raise ValueError("no header")
+    try:
+        about = json.loads(bytes(raw[8:begin]))
+        about.pop("__metadata__", None)
+        found = [
+            (*_length_pair(a["data_offsets"]), str(n), _TYPES[a["dtype"]], tuple(a["shape"]))
+            for n, a in about.items()
+        ]
+    except (AttributeError, KeyError, TypeError, RecursionError):
+        raise ValueError("no header") from None
+    end, arrays = begin, {}
+    for start, stop, name, kind, shape in sorted(found, key=lambda place: place[:2]):
+        whole = all(type(n) is int and n >= 0 for n in shape)
+        if not whole or begin + start != end or stop - start != kind.itemsize * math.prod(shape):
+            raise ValueError("places that do not fit")
+        end = begin + stop
+        arrays[name] = np.frombuffer(raw[begin + start : end], kind).reshape(shape)
+    if end != len(raw):
+        raise ValueError("bytes that belong to nothing")
+    return arrays
+
+
+def _length_pair(offsets: Any) -> tuple[int, int]:
+    start, stop = offsets
+    if type(start) is not int or type(stop) is not int:
+        raise ValueError("an offset is a whole number")
+    return start, stop
 
 
 def save(tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None) -> None:
@@ -71,22 +154,13 @@ def save(tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None
     Raises:
         StorageError: the disk refused; the old file, if any, is untouched.
     """
-    from safetensors.numpy import save as to_bytes
 
-    # Not ascontiguousarray, which turns a scalar (a batch counter) into an array of one.
-    contiguous = {name: np.asarray(a, order="C") for name, a in tensors.items()}
-    write_atomic(path, _in_order(to_bytes(contiguous, dict(metadata or {}))))
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield header(tensors, metadata)
+        for name in file_order(tensors):
+            yield raw_bytes(tensors[name])
 
-
-def _in_order(file: bytes) -> bytes:
-    """The same safetensors file with sorted metadata: as written, their order is random."""
-    end = 8 + int.from_bytes(file[:8], "little")
-    header = json.loads(file[8:end])
-    if "__metadata__" in header:
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # arrays begin at a multiple of 8
-    return len(text).to_bytes(8, "little") + text + file[end:]
+    write_atomic(path, pieces())
 
 
 def load(path: Path) -> dict[str, Array]:
@@ -119,7 +193,7 @@ def metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def write_atomic(path: Path, content: bytes | Iterable[bytes]) -> None:
+def write_atomic(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
     """Write next to `path`, flush to disk, then rename over it. Raises StorageError."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

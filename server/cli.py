@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from medfl.common import cli
+from medfl.server.cli_lineage import plan_without
+from medfl.server.cli_report import report
 from medfl.server.cli_runs import add_run_commands
 
 if TYPE_CHECKING:
@@ -72,7 +74,9 @@ def init(
     fingerprint = authority.authority_fingerprint(federation)
     plain = {"folder": str(folder), "name": kept, "fingerprint": fingerprint, "made": not was_there}
     lines = [
-        f"{'Is there already' if was_there else 'Made'}: {kept}, in {folder}.",
+        f"Is there already: {kept}, in {folder}; its settings are in server.toml."
+        if was_there
+        else f"Made: {kept}, in {folder}.",
         f"Fingerprint of the authority: {fingerprint}",
         "Back this folder up where only you can read it: who has keys/ is the coordinator.",
         f"Next: medfl-server invite SITE --folder {folder}",
@@ -105,6 +109,11 @@ def invite(
     text, fingerprint = invitation.to_text(token), authority.authority_fingerprint(federation)
     address = settings.address or f"COORDINATOR:{settings.listen.rpartition(':')[2]}"
     command = f"medfl-client enrol {address} --token {text}"
+    unsaid = (
+        []
+        if settings.address
+        else ["COORDINATOR stands for how hospitals reach this machine: `address` in server.toml."]
+    )
     plain = {
         "site": site,
         "token": text,
@@ -117,6 +126,7 @@ def invite(
         "",
         f"  {command}",
         "",
+        *unsaid,
         f"It must then show this fingerprint; compare it over the telephone: {fingerprint}",
         f"Next: medfl-server start --folder {folder}",
     ]
@@ -268,7 +278,8 @@ def renew(folder: Folder = HERE, as_json: AsJson = False) -> None:
     made = authority.renew_gateway(federation, settings)
     federation.record("gateway renewed", certificate=certificates.digest_of(made))
     days = (certificates.ends_at(made) - federation.clock()) / 86400
-    _show({"certificate_days": round(days)}, [f"Renewed for {days:.0f} days."], as_json)
+    lines = [f"Renewed for {days:.0f} days.", f"Next: medfl-server status --folder {folder}"]
+    _show({"certificate_days": round(days)}, lines, as_json)
 
 
 @app.command()
@@ -290,7 +301,7 @@ def log(
     if not verify:
         everything = list(federation.audit.lines())[-last:]
         told = [f"{e['n']:5} {e['at']} {e['what']} {_about(e['about'])}" for e in everything]
-        _show({"lines": everything}, told, as_json)
+        _show({"lines": everything}, [*told, "Next: medfl-server log --verify"], as_json)
         return
     from medfl.common.errors import StorageError
 
@@ -345,6 +356,8 @@ def _show(plain: Any, lines: list[str], as_json: bool) -> None:
 
 # After the others: --help lists commands in the order in which they were added.
 add_run_commands(app)
+app.command("plan-without")(plan_without)
+app.command()(report)
 
 if __name__ == "__main__":
     raise SystemExit(main())

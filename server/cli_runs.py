@@ -21,6 +21,8 @@ Folder = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 HERE = Path(".")
+NO_STUDY = "No study yet. Next: medfl-server study publish STUDY.toml"
+NO_RUN = "No run yet. Next: medfl-server run STUDY"
 _LOOK_S = 0.3
 
 study_app = typer.Typer(no_args_is_help=True, help="Publish studies, and see who approves.")
@@ -80,7 +82,7 @@ def list_(folder: Folder = HERE, as_json: AsJson = False) -> None:
         plain.append({"name": made.name, "digest": made.digest, "at": made.at, "sites": stands})
         lines.append(f"{made.name}  {made.digest[:12]}")
         lines += [f"  {site}: {stand}" for site, stand in stands.items()]
-    _show({"studies": plain}, lines or ["No study is published."], as_json)
+    _show({"studies": plain}, lines or [NO_STUDY], as_json)
 
 
 def run(
@@ -158,7 +160,7 @@ def runs(folder: Folder = HERE, as_json: AsJson = False) -> None:
 
     found = queue.everything(open_federation(folder))
     lines = [f"{r.id}  {r.state}, round {r.round} of {r.rounds}  {r.why}".rstrip() for r in found]
-    _show({"runs": [_plain(r) for r in found]}, lines or ["No run yet."], as_json)
+    _show({"runs": [_plain(r) for r in found]}, lines or [NO_RUN], as_json)
 
 
 @model_app.command()
@@ -191,7 +193,7 @@ def _look_on(federation: Federation, run_id: str, as_json: bool) -> None:
     over = _follow(federation, run_id, quiet=as_json)
     lines = [f"{over.id}: {over.state} after {over.round} rounds. {over.why}".rstrip()]
     if over.state == "done":
-        lines.append(f"Next: medfl-server model get {over.id} --out model.safetensors")
+        lines.append(f"Next: medfl-server report {over.id}")
     _show(_plain(over), lines, as_json)
     raise typer.Exit(over.exit_code)
 
@@ -201,12 +203,12 @@ def _follow(federation: Federation, run_id: str, *, quiet: bool) -> Run:
     from medfl.server import runs as queue
 
     shown: RoundRecord | None = None
-    missing: tuple[str, ...] = ("",)
+    missing: tuple[str, ...] = ()
     while True:
         now = queue.load(federation, run_id)
         if now.state == "waiting" and now.missing != missing and not quiet:
             missing = now.missing
-            typer.echo(f"Waiting. Missing: {'; '.join(missing) or 'nobody'}")
+            typer.echo(f"Waiting. Missing: {'; '.join(missing) or 'nobody any more'}")
         for record in queue.progress(federation, run_id):
             if shown is None or record.round > shown.round:
                 shown = record

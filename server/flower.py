@@ -13,7 +13,7 @@ from medfl.common.errors import FederationError, PolicyRefused
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
 from medfl.server.admit import Door
-from medfl.server.link import Malformed, Run, UploadBroken
+from medfl.server.link import Malformed, Run, UploadBroken, fixed
 from medfl.server.patience import AWAY_S, Patience
 from medfl.server.register import Roster
 
@@ -92,7 +92,7 @@ class ConnectedSites:
         packed: tuple[Instruction, RecordDict] | None = None
         for site, asked in instructions:
             if packed is None or packed[0] is not asked:
-                packed = asked, to_record(pack(asked))
+                packed = asked, fixed(to_record(pack(asked)))
             sent.append((site, asked, self._send(site, asked, packed[1])))
         packed = None
         began = time.monotonic()

@@ -17,6 +17,7 @@ class RoundRecord:
 
     metrics: mean over the sites. sites: one plain record a site. left_out: site -> why.
     void: too few updates; the model did not change. model: digest of the weights after the round.
+    epsilon: of a hospital by the study's [site_privacy], after this round; None without it.
     """
 
     run: str
@@ -30,6 +31,7 @@ class RoundRecord:
     bytes_down: int
     bytes_up: int
     model: str = ""
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

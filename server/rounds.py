@@ -8,6 +8,7 @@ finish   kept weights -> site: metrics on validation and test parts
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ from medfl.strategies.admission import cleaned, fault_of, opened
 from medfl.strategies.catalogue import WEIGHTINGS, strategy_for
 from medfl.strategies.home import home_names
 from medfl.strategies.proportion import OUT_OF_PROPORTION, Proportion, remember, remembered
+from medfl.strategies.site_privacy import spent
 from medfl.strategies.strategy import Combined, ServerState, Strategy
 
 __all__ = ["Outcome", "RoundRecord", "Sites", "draw", "run_study"]
@@ -86,6 +88,7 @@ def run_study(
     run: str = "main",
     attempt: int = 0,
     earlier: Earlier | None = None,
+    noise_key: bytes | None = None,
     on_round: Callable[[RoundRecord, Tensors], None] = lambda record, weights: None,
     keep: Callable[[Checkpoint], None] = lambda checkpoint: None,
 ) -> Outcome:
@@ -94,6 +97,7 @@ def run_study(
     attempt, earlier: where an interrupted run is taken up, how often it was, and where it stood;
         it ends with the weights that it would have had, as far as sites train by the seed alone.
     keep: what each round leaves, before `on_round` tells of it.
+    noise_key: of the noise of [site_privacy], for simulations; None: a fresh one, and other bits.
 
     Raises:
         ConfigError: the study names what the catalogues do not have.
@@ -107,7 +111,7 @@ def run_study(
     prepared = earlier.checkpoint.prepared if earlier else prepare(study, sites, say)
     _refuse_unseen_choice(study, prepared.shared)
     say = replace(say, shared=statistics.statistics_to_plain(prepared.shared))
-    strategy = strategy_for(study)
+    strategy = strategy_for(study, noise_key)
     model, travels = _start(study, strategy, prepared.shared, seed)
     model = earlier.checkpoint.model if earlier else model
     federation = _Federation(study, strategy, sites, prepared, say, travels)
@@ -194,7 +198,8 @@ def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRec
         weights=model.weights,
         control=model.control,
     )
-    proportion = Proportion(remembered(model.state), study.federation.norm_limit)
+    limit = study.federation.norm_limit if federation.strategy.compares else math.inf
+    proportion = Proportion(remembered(model.state), limit)
     admitted = _Admitted(federation, {n: roster[n] for n in drawn}, asked, proportion)
     try:
         combined = federation.strategy.combine(admitted, WEIGHTINGS[study.federation.weighting])
@@ -212,6 +217,8 @@ def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRec
     best = model.best.or_this(number - 1, record.metrics, model.weights)
     model = replace(model, best=best)
     model = model if record.void else _moved(federation, model, combined)
+    if study.site_privacy is not None:
+        record = replace(record, epsilon=spent(study, model.state.round))
     model = replace(model, state=remember(model.state, proportion.median))
     return replace(record, model=model.digest), model
 

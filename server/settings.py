@@ -52,8 +52,8 @@ def load_settings(folder: Path, flags: Mapping[str, Any] | None = None) -> Serve
     file = folder / "server.toml"
     if not file.exists():
         raise ConfigError(
-            f"{folder}: is no federation's folder. Make one with: medfl-server init {folder} "
-            '--name "..."; or name it with --folder or MEDFL_SERVER_FOLDER'
+            f"{folder.absolute()}: is no federation's folder. Make one with: medfl-server init "
+            'FOLDER --name "..."; or name it with --folder or MEDFL_SERVER_FOLDER'
         )
     refuse_writable(file)
     environment = {k: v for k, v in os.environ.items() if k != f"{PREFIX}FOLDER"}

@@ -11,6 +11,7 @@ import hmac
 import os
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +81,16 @@ def serve(listener: socket.socket, database: Path, key: str) -> None:
     """Serve until told to stop (SIGTERM)."""
     import uvicorn
     from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
+    from flwr.supercore.object_store import object_store_factory
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
     from flwr.superlink.main import create_app
 
+    from medfl.server.objects import FileObjectStore
+
+    # Flower chooses the store by the database's name alone.
+    store = partial(FileObjectStore, folder=database.with_name("objects"))
+    vars(object_store_factory)["SqlObjectStore"] = store
     host, port = listener.getsockname()[:2]
     config = SuperLinkLifespanConfig(
         control_address=f"{host}:{port}",

@@ -14,6 +14,7 @@ from medfl.common.errors import FederationError, Interrupted, MedflError, Storag
 from medfl.common.receipts import Seen
 from medfl.common.signing import public_of
 from medfl.server import runs, studies
+from medfl.server.report import federated
 
 if TYPE_CHECKING:
     from medfl.common.study import Study
@@ -202,4 +203,5 @@ def _finish(federation: Federation, run: Run, study: Study, outcome: Outcome) ->
     federation.record("model", run=run.id, sha256=digest, round=outcome.selected_round)
     done = replace(runs.load(federation, run.id), model=digest)
     runs.save(federation, done)
+    federated.finish(federation, done, study, outcome)
     runs.end(federation, done, "done", "", 0)

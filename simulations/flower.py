@@ -19,6 +19,7 @@ from medfl.client.data.cases import Cohort
 from medfl.client.flower import client_app as app_of_client
 from medfl.client.hospital import Hospital
 from medfl.common.errors import ConfigError, DataError, FederationError
+from medfl.common.noise import key_from
 from medfl.common.study import Study, load_study
 from medfl.common.tensors import Tensors
 from medfl.server.flower import FlowerSites
@@ -154,7 +155,14 @@ def main(sites: FlowerSites, context: Context) -> None:
             rounds.write(record)
             progress.show(record)
 
-        outcome = run_study(run.study, sites, seed=settings.seed, run=MAIN, on_round=note)
+        outcome = run_study(
+            run.study,
+            sites,
+            seed=settings.seed,
+            run=MAIN,
+            noise_key=key_from(settings.seed, "coordinator"),
+            on_round=note,
+        )
     conclude(run, outcome, settings.seed, time.monotonic() - started)
 
 

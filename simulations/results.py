@@ -21,6 +21,7 @@ from medfl.common.metrics import default_metrics, intervals, mean_over_sites, su
 from medfl.common.metrics.scores import Scores, concatenate, load
 from medfl.common.seeds import derive
 from medfl.common.study import Study
+from medfl.server.report.federated import per_round
 from medfl.server.rounds import Outcome, RoundRecord
 from medfl.simulations.sites import SimulatedRun
 
@@ -123,7 +124,7 @@ def write_results(
         "digests": {"study": study.digest, "model": tensors.digest(outcome.weights)},
         "cohorts": {r.site: r.cohort for r in outcome.final},
         "n_parameters": int(sum(a.size for a in tensors.floats(outcome.weights).values())),
-        "bytes_per_round": _bytes_per_round(outcome.records),
+        "bytes_per_round": sum(per_round(outcome.records)),
     }
     text = json.dumps(result, indent=2, allow_nan=False)
     tensors.write_atomic(main.folder / "result.json", text.encode())
@@ -230,11 +231,6 @@ def _scores(run: SimulatedRun, site: str) -> Scores | None:
 
 def _scores_file(run: SimulatedRun, site: str) -> Path:
     return run.folder / "sites" / site / "scores.npz"
-
-
-def _bytes_per_round(records: Sequence[RoundRecord]) -> int:
-    trained = [r for r in records if r.bytes_up]
-    return round(sum(r.bytes_down + r.bytes_up for r in trained) / max(1, len(trained)))
 
 
 def environment(device: str, workers: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from medfl.client.flower import client_app
 from medfl.common import tensors
 from medfl.common.errors import ConfigError, Interrupted
+from medfl.common.noise import key_from
 from medfl.common.study import Study
 from medfl.common.tensors import Tensors
 from medfl.server.flower import FlowerSites
@@ -64,6 +65,9 @@ def plan_runs(
             runs.append(replace(main, name=name, study=pooled, folder=folder, pooled=True))
         elif name in STRATEGIES:
             other = study.with_strategy(name)
+            if name == "local":
+                # Nothing of a hospital leaves it, so that there is no sum to put noise on.
+                other = replace(other, site_privacy=None)
             strategy_for(other)
             runs.append(replace(main, name=name, study=other, folder=folder))
         else:
@@ -87,6 +91,7 @@ def as_pooled(study: Study, n_sites: int) -> Study:
             study.federation, strategy="fedavg", options=None, min_sites=1, sites_per_round=None
         ),
         privacy=None,
+        site_privacy=None,
     )
 
 
@@ -120,7 +125,10 @@ def run_all(
 
         def one(run_id: int, run: SimulatedRun) -> Outcome:
             sites = FlowerSites(LocalGrid(pool, run_id, len(run.names)))
-            return run_study(run.study, sites, seed=seed, run=run.name, on_round=note)
+            key = key_from(seed, "coordinator")
+            return run_study(
+                run.study, sites, seed=seed, run=run.name, noise_key=key, on_round=note
+            )
 
         threads = ThreadPoolExecutor(len(runs), thread_name_prefix="coordinator")
         futures = {run.name: threads.submit(one, i, run) for i, run in by_id.items()}

@@ -19,7 +19,7 @@ import numpy as np
 from medfl.common.errors import FederationError
 from medfl.common.messages import Instruction, Metrics, Reply
 from medfl.common.packing import Kind, Shapes, is_packed, read_head, unpack
-from medfl.common.tensors import Tensors
+from medfl.common.tensors import Tensors, all_finite
 
 # More cases than any hospital has: a weight beyond it is a fault or an attack, not a cohort.
 MAX_CASES = 10_000_000
@@ -115,7 +115,7 @@ def _fault(group: Tensors, like: Tensors, names: Collection[str]) -> str | None:
     for array in group.values():
         if array.dtype != np.float32:
             return "parameter of another type"
-        if not np.isfinite(array).all():
+        if not all_finite({"": array}):
             return "value that is not finite"
     return None
 

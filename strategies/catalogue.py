@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from medfl.common.errors import ConfigError
 from medfl.common.metrics import known_metrics
 from medfl.common.models import model_faults
+from medfl.common.noise import Keystream, fresh_key
 from medfl.common.options import checked_options
 from medfl.common.study import Study
 from medfl.strategies.optimisers import (
@@ -28,6 +30,7 @@ from medfl.strategies.robust import (
     held_together,
     nearest,
 )
+from medfl.strategies.site_privacy import noised_mean, refuse_unfit
 from medfl.strategies.strategy import Local, Strategy, Weighting
 
 
@@ -169,8 +172,11 @@ WEIGHTINGS: dict[str, Weighting] = {
 }
 
 
-def strategy_for(study: Study) -> Strategy:
-    """The study's strategy with its options.
+def strategy_for(study: Study, key: bytes | None = None) -> Strategy:
+    """The study's strategy with its options, and with the noise of [site_privacy].
+
+    key: 32 bytes that decide that noise; whoever knows them can take it off again. None: a fresh
+        one that is kept nowhere; a simulation hands one in to be repeated.
 
     Raises:
         ConfigError: unknown strategy or option, or a strategy that the training cannot serve.
@@ -195,7 +201,11 @@ def strategy_for(study: Study) -> Strategy:
             f"federation.min_sites: {federation.strategy} as it is set needs {strategy.fewest} "
             f"updates a round to stand a bad one; raise min_sites to {strategy.fewest}"
         )
-    return strategy
+    if study.site_privacy is None:
+        return strategy
+    refuse_unfit(study, strategy)
+    normals = Keystream(key or fresh_key(), "site noise").normals
+    return replace(strategy, combine=noised_mean(study, normals), compares=False)
 
 
 def study_faults(study: Study) -> list[str]:

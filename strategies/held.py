@@ -124,12 +124,17 @@ def hold(updates: Iterable[Reply]) -> Iterator[Held]:
     """
     with SpooledTemporaryFile(max_size=IN_MEMORY_BYTES) as file:
         held = Held(file)
-        for update in updates:
-            try:
-                held.append(update)
-            except OSError as error:
-                raise StorageError(
-                    f"The updates of a round could not be held on disk ({error.strerror}). Free "
-                    "some space, or point TMPDIR to a disk that has room for all of them"
-                ) from None
+        _fill(held, updates)
         yield held
+
+
+def _fill(held: Held, updates: Iterable[Reply]) -> None:
+    for update in updates:
+        try:
+            held.append(update)
+        except OSError as error:
+            raise StorageError(
+                f"The updates of a round could not be held on disk ({error.strerror}). Free "
+                "some space, or point TMPDIR to a disk that has room for all of them"
+            ) from None
+        del update  # else it would lie in memory until the next one is there

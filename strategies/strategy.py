@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
 from medfl.common.messages import Reply
-from medfl.common.tensors import Array, Tensors, floats
+from medfl.common.tensors import Array, Tensors
+from medfl.strategies.sums import Sum
 
 Weighting = Callable[[int], float]
 
@@ -60,27 +59,16 @@ def weighted_mean(updates: Iterable[Reply], weight: Weighting) -> Combined:
     al. 2020, eq. 5). The sum is in float64 and in the order given: sites come in a fixed order, so
     the result does not depend on who answered first.
     """
-    sums: dict[str, Array] = {}
-    controls: dict[str, Array] = {}
+    deltas, controls = Sum(), Sum()
     total, n_sites = 0.0, 0
     for update in updates:
         w = weight(update.n_cases)
-        _accumulate(sums, update.delta, w)
-        _accumulate(controls, update.control, 1.0)
+        deltas.add(update.delta, w)
+        controls.add(update.control, 1.0)
         total += w
         n_sites += 1
-    return Combined(
-        delta={name: (s / total).astype(np.float32) for name, s in sums.items()},
-        control={name: (s / n_sites).astype(np.float32) for name, s in controls.items()},
-        n_sites=n_sites,
-    )
-
-
-def _accumulate(sums: dict[str, Array], tensors: Tensors, weight: float) -> None:
-    for name, array in floats(tensors).items():
-        if name not in sums:
-            sums[name] = np.zeros(array.shape, dtype=np.float64)
-        sums[name] += weight * array.astype(np.float64)
+        del update  # else it would lie in memory until the next one is there
+    return Combined(deltas.divided(total), controls.divided(n_sites), n_sites)
 
 
 def take_mean(
@@ -88,7 +76,7 @@ def take_mean(
 ) -> tuple[dict[str, Array], ServerState]:
     """new_weights = weights + delta (FedAvg); names without a delta stay."""
     moved = {
-        name: (a + delta[name]).astype(a.dtype) if name in delta else a
+        name: (a + delta[name]).astype(a.dtype, copy=False) if name in delta else a
         for name, a in weights.items()
     }
     return moved, ServerState(state.round + 1, state.slots)
@@ -99,9 +87,12 @@ class Strategy:
     """How updates become the next model, and what that asks of local training.
 
     fewest: updates a round that `combine` can do with; a study's min_sites is at least that.
+    compares: whether an update may be left out for its length among the others' (admission). Not
+        under [site_privacy]: one hospital's length would then decide about another's update.
     """
 
     combine: Combine = weighted_mean
     server_step: ServerStep = take_mean
     local: Local = Local()
     fewest: int = 1
+    compares: bool = True

@@ -38,12 +38,16 @@ SPEAK_TO_FLOWER = {
     "server/flower.py",
     "server/link.py",
     "server/nodes.py",
+    "server/objects.py",
     "server/superlink.py",
+    "simulations/benchmarks/light.py",
     "simulations/flower.py",
     "simulations/grid.py",
 }
 # Parts of pydantic, jinja2, typer and flwr (its clients and servers), pinned with them.
-COME_WITH_ANOTHER = {"pydantic_core", "markupsafe", "click", "httpx", "uvicorn", "google"}
+COME_WITH_ANOTHER = {
+    *("pydantic_core", "markupsafe", "click", "httpx", "uvicorn", "google", "sqlalchemy")
+}
 HEAVY = {"torch", "monai", "opacus", "flwr", "sklearn", "scipy", "matplotlib", "pydicom"}
 
 

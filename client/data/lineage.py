@@ -1,7 +1,8 @@
 """Which rounds and models used a patient's data: one line an event, in a file of the hospital.
 
 A cohort stands by its digest with the keyed hashes of its training patients; a round names the
-cohort that it was trained on and the weights that came of it. Nothing here says who anybody is.
+cohort that it was trained on and the model that it began with, by which the coordinator's log knows
+the model that came of it. Nothing here says who anybody is.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +27,31 @@ def lineage_path(site: Site) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """One round that trained on a cohort. model: digest of the weights that left the hospital."""
+    """One round that trained on a cohort. study, cohort: digests. run: the coordinator's name.
+
+    model: digest of the weights that the round began with; its update left the hospital.
+    """
 
     study: str
+    run: str
     cohort: str
     round: int
     model: str
 
 
 def record_round(path: Path, cohort: Cohort, used: Used) -> None:
-    """Write down a round before its update leaves; the cohort's patients once a cohort.
+    """Write down a round before its update leaves, once; the cohort's patients once a cohort.
 
     Raises:
         StorageError: it could not be made durable; the update must then stay here.
     """
-    known = any(event.get("patients") and event["cohort"] == used.cohort for event in _events(path))
-    lines: list[dict[str, Any]] = []
-    if not known:
+    events, lines = list(_events(path)), list[dict[str, Any]]()
+    if asdict(used) in events:
+        return
+    if not any(event.get("patients") and event["cohort"] == used.cohort for event in events):
         patients = sorted({c.patient for c in cohort.cases if c.split == "train"})
         lines.append({"cohort": used.cohort, "patients": patients})
-    lines.append(
-        {"study": used.study, "cohort": used.cohort, "round": used.round, "model": used.model}
-    )
+    lines.append(asdict(used))
     text = "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines)
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
@@ -70,7 +74,7 @@ def rounds_with(path: Path, patient: str) -> tuple[Used, ...]:
     events = list(_events(path))
     cohorts = {e["cohort"] for e in events if patient in e.get("patients", ())}
     return tuple(
-        Used(e["study"], e["cohort"], e["round"], e["model"])
+        Used(e["study"], e["run"], e["cohort"], e["round"], e["model"])
         for e in events
         if "round" in e and e["cohort"] in cohorts
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from medfl.client.noise import fresh_key
+from medfl.common.noise import fresh_key
 
 if TYPE_CHECKING:
     from torch import Tensor

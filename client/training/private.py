@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from medfl.client.noise import Keystream
 from medfl.client.training.caseset import CaseSet
 from medfl.client.training.plan import DpPlan, TrainOutcome, TrainPlan
 from medfl.client.training.schedule import private_steps_in_round
@@ -38,6 +37,7 @@ from medfl.client.training.units import (
 from medfl.common.errors import ConfigError
 from medfl.common.losses import build_loss
 from medfl.common.models.norms import has_batch_norm
+from medfl.common.noise import Keystream
 from medfl.common.statistics import Shared
 from medfl.common.study import Study
 

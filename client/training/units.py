@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medfl.client.noise import Keystream
 from medfl.client.training.caseset import CaseSet
+from medfl.common.noise import Keystream
 
 Unit = Literal["patient", "record"]
 Positions = NDArray[np.int64]

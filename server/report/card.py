@@ -30,7 +30,7 @@ def card_context(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
         "library": "monai" if monai else "pytorch",
         "pipeline": _PIPELINES[kind] if images else "tabular-classification",
         "tags": ["medfl", "federated-learning", "medical", kind,
-                 *(["differential-privacy"] if private else [])],
+                 *(["differential-privacy"] if private or run.site_epsilon else [])],
         "input": _input(run),
         "classes": run.study.task.classes,
         "model": run.study.model.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,7 +64,8 @@ def forest(run: Run, metric: str) -> Markup:
         axes.set_xlabel(label)
         _legend(axes, bool(local))
 
-    alt = f"{label} of each hospital with 95 % intervals; the numbers are in the table by hospital."
+    lines = "" if run.between_hospitals else " with 95 % intervals"
+    alt = f"{label} of each hospital{lines}; the numbers are in the table by hospital."
     rows = len(shown) + (gap is not None)
     return svg("forest", (7.2, 1.1 + 0.34 * max(rows, 2)), alt, draw)
 
@@ -206,7 +208,9 @@ def _course(run: Run, panels: Sequence[Panel]) -> str:
 
 def epsilon_over_rounds(run: Run) -> Markup | None:
     """Privacy loss spent by each hospital after each round; None where no line reports it."""
-    lines = _lines(run, lambda r: r.site_epsilon, offset=0)
+    # The record after the last round judges a model and trains none.
+    rounds = tuple(r for r in run.rounds if r.number <= run.study.federation.rounds)
+    lines = _lines(replace(run, rounds=rounds), lambda r: r.site_epsilon, offset=0)
     if not lines:
         return None
     named = len(lines) <= 5

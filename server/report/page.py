@@ -46,6 +46,7 @@ def context(run: Run) -> dict[str, Any]:
         "sides": _orientation(run) is not None,
         "shows_masks": run.study.task.kind == "segmentation",
         "privacy_words": summary.privacy_words(run),
+        "site_privacy_words": summary.site_privacy_words(run),
         "privacy": tables.privacy_table(run) if run.private_sites else None,
         "privacy_figure": curves.epsilon_over_rounds(run) if run.private_sites else None,
         "data": tables.data_table(run),
@@ -62,13 +63,14 @@ def _site_figures(run: Run, metric: str | None) -> list[Figure]:
         return []
     label = words.measure(metric).label
     if len(run.federated.sites) <= MANY:
-        text = f"{label} on each hospital's test cases; lines are 95 % intervals."
+        lines = "" if run.between_hospitals else "; lines are 95 % intervals"
+        text = f"{label} on each hospital's test cases{lines}."
         return [Figure(curves.forest(run, metric), text)]
+    lines = "" if run.between_hospitals else "; lines are 95 % intervals"
     return [
         Figure(curves.spread(run, metric), f"How {label} spreads over the hospitals."),
-        Figure(curves.forest(run, metric), "The ten best and the ten worst hospitals; lines are "
-                                           "95 % intervals."),
-    ]  # fmt: skip
+        Figure(curves.forest(run, metric), f"The ten best and the ten worst hospitals{lines}."),
+    ]
 
 
 def _round_figures(run: Run) -> list[Figure]:

@@ -10,9 +10,12 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
+
+from medfl.common import tensors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,6 +76,18 @@ def svg(name: str, size: tuple[float, float], alt: str, draw: Callable[[Figure],
         figure.savefig(out, format="svg", metadata={"Date": None})
     # Safe: matplotlib escapes every text that it writes, and `alt` is escaped in `inline`.
     return Markup(inline(out.getvalue(), name, alt))
+
+
+def save(path: Path, size: tuple[float, float], draw: Callable[[Figure], None]) -> None:
+    """Draw on a fresh figure and write it as a file; the same drawing is the same file."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        out = io.BytesIO()
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    tensors.write_atomic(path, out.getvalue())
 
 
 @contextmanager

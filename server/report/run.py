@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from medfl.common import study_text
 from medfl.common.errors import StorageError
 from medfl.common.study import Study, load_study
 
@@ -21,13 +22,13 @@ class SiteResult:
 
     metrics: on its test cases; None where it is undefined there (one class only, no cases).
     intervals: 95 % by resampling patients. epsilon, delta: None without differential privacy.
-    quarantined: cases left out, by reason. n_train, n_validation: None where it did not say.
+    quarantined: cases left out, by reason. n_*: None where it did not say.
     """
 
     name: str
     n_train: int | None
     n_validation: int | None
-    n_test: int
+    n_test: int | None
     metrics: Mapping[str, float | None]
     intervals: Mapping[str, Interval | None]
     epsilon: float | None
@@ -51,6 +52,7 @@ class Round:
 
     The loss is that of training in this round. run: "main" or a baseline's name. site_*: by site
     name. left_out: why, by site. void: too few answers, so the model stayed as it was.
+    epsilon: of a hospital by [site_privacy]; None without it.
     """
 
     run: str
@@ -62,6 +64,7 @@ class Round:
     site_epsilon: Mapping[str, float | None]
     left_out: Mapping[str, str]
     void: bool
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +79,19 @@ class Run:
     rounds: tuple[Round, ...]
 
     @property
+    def between_hospitals(self) -> bool:
+        """Whether separate hospitals took part, who kept the scores of their cases."""
+        return self.facts.get("kind") == "federation"
+
+    @property
     def private_sites(self) -> tuple[SiteResult, ...]:
         """The hospitals that trained under differential privacy."""
         return tuple(s for s in self.federated.sites if s.epsilon is not None)
+
+    @property
+    def site_epsilon(self) -> float | None:
+        """What the run's models tell of a whole hospital at most; None without [site_privacy]."""
+        return max((r.epsilon for r in self.rounds if r.epsilon is not None), default=None)
 
 
 def read_run(folder: Path) -> Run:
@@ -89,7 +102,7 @@ def read_run(folder: Path) -> Run:
         ConfigError: study.toml has faults.
     """
     facts = _json_object(_text(folder / "result.json"), folder / "result.json")
-    study = load_study(folder / "study.toml")
+    study = _study(folder)
     try:
         federated = _outcome(facts)
         baselines = {name: _outcome(part) for name, part in (facts.get("baselines") or {}).items()}
@@ -100,6 +113,14 @@ def read_run(folder: Path) -> Run:
             f"({type(error).__name__}: {error}). Was the run finished by this version of medfl?"
         ) from None
     return Run(folder, study, facts, federated, baselines, rounds)
+
+
+def _study(folder: Path) -> Study:
+    """As a person wrote it, or as the coordinator published it."""
+    published = folder / "study.json"
+    if published.exists():
+        return study_text.from_text(_text(published))
+    return load_study(folder / "study.toml")
 
 
 def arrays_path(run: Run, way: str | None, site: str, name: str) -> Path | None:
@@ -128,7 +149,7 @@ def _site(plain: Mapping[str, Any]) -> SiteResult:
         name=str(plain["name"]),
         n_train=_whole(plain.get("n_train")),
         n_validation=_whole(plain.get("n_validation")),
-        n_test=int(plain.get("n_test") or 0),
+        n_test=_whole(plain.get("n_test")),
         metrics=_numbers(plain.get("metrics")),
         intervals=_intervals(plain.get("intervals")),
         epsilon=_number(plain.get("epsilon")),
@@ -153,6 +174,7 @@ def _rounds(path: Path) -> Iterator[Round]:
             site_epsilon={s["name"]: _number(s.get("epsilon")) for s in sites},
             left_out={str(k): str(v) for k, v in (plain.get("left_out") or {}).items()},
             void=bool(plain.get("void", False)),
+            epsilon=_number(plain.get("epsilon")),
         )
 
 

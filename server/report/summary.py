@@ -48,6 +48,14 @@ def summary(run: Run, metric: str | None) -> str:
 def _reached(run: Run, metric: str) -> str:
     sites = run.federated.sites
     label = words.measure(metric).label
+    if run.federated.pooled.get(metric) is None:
+        number = words.value(metric, run.federated.mean.get(metric))
+        told = sum(s.metrics.get(metric) is not None for s in sites)
+        whole = "" if told == len(sites) else f", of {_hospitals(len(sites))} that took part"
+        return (
+            f"The federated model reached {label} {number} on test cases, as the mean over "
+            f"{_hospitals(told)} that told it{whole}."
+        )
     tests = words.total(s.n_test for s in sites)
     reached = _with_interval(run.federated, metric)
     where = f"over all {tests} test cases" if tests[0].isdigit() else f"over {tests} test cases"
@@ -123,20 +131,24 @@ def _others(run: Run, metric: str) -> str:
 
 
 def _privacy(run: Run) -> str:
-    private = run.private_sites
+    private, whole = run.private_sites, run.site_epsilon
+    together = f"Whole hospitals are protected with ε of at most {words.epsilon(whole)}."
     if not private:
-        return "No differential privacy was used."
+        return "No differential privacy was used." if whole is None else together
     largest = words.epsilon(max(s.epsilon or 0.0 for s in private))
     who = (
         "All hospitals"
         if len(private) == len(run.federated.sites)
         else f"{len(private)} of {_hospitals(len(run.federated.sites))}"
     )
-    return f"{who} trained under differential privacy, with ε of at most {largest}."
+    said = f"{who} trained under differential privacy, with ε of at most {largest}."
+    return said if whole is None else f"{said} {together}"
 
 
 def privacy_words(run: Run) -> list[str]:
     """What ε covers and what it does not, a paragraph each; never more than was done."""
+    if not run.private_sites and run.study.site_privacy is not None:
+        return ["No hospital trained under differential privacy of its own patients."]
     if not run.private_sites:
         what = "images" if run.study.image is not None else "records"
         return [
@@ -167,6 +179,20 @@ def privacy_words(run: Run) -> list[str]:
     return parts
 
 
+def site_privacy_words(run: Run) -> str:
+    """What the coordinator's noise on the sum covers; nothing without [site_privacy]."""
+    privacy, epsilon = run.study.site_privacy, run.site_epsilon
+    if privacy is None or epsilon is None:
+        return ""
+    bound = f"ε of {words.epsilon(epsilon)} at δ of {words.small_number(privacy.delta)}"
+    return (
+        f"Whole hospitals: {bound} bounds how much the models can depend on everything that one "
+        "hospital sent, and so on any one of its patients, for whoever gets the models. It does "
+        "not protect a hospital from the coordinator, which received its updates as they were, "
+        "nor what this report says of single hospitals; who took part is no secret."
+    )
+
+
 def _not_covered(run: Run) -> str:
     price = run.study.privacy.metrics_epsilon if run.study.privacy else None
     told = (
@@ -175,6 +201,8 @@ def _not_covered(run: Run) -> str:
         else f"told the coordinator metrics with noise, at ε {price:g} for each validation or test "
         "patient, and no count of cases"
     )
+    if run.between_hospitals:
+        return f"ε covers training, and training patients. Private hospitals {told}."
     return (
         f"ε covers training, and training patients. While it lasted, private hospitals {told}. The "
         "results in this report are computed from their test cases without noise, by who may see "
@@ -184,13 +212,17 @@ def _not_covered(run: Run) -> str:
 
 def limits(run: Run) -> list[str]:
     """What a reader must not conclude."""
-    tests = [s.n_test for s in run.federated.sites]
+    tests = [s.n_test for s in run.federated.sites if s.n_test is not None]
     lines = [
         "Intended for research. This is not a medical device and must not guide the care of a "
         "patient.",
-        "Intervals come from resampling the test patients. They say how much the result depends "
-        "on who was tested, not how it would change with new training, other scanners or other "
-        "hospitals.",
+        "Each hospital computed its metrics and told only those: there are no intervals, and the "
+        "mean over hospitals is not that over patients. Training at each hospital alone was not "
+        "tried."
+        if run.between_hospitals
+        else "Intervals come from resampling the test patients. They say how much the result "
+        "depends on who was tested, not how it would change with new training, other scanners or "
+        "other hospitals.",
         "Every hospital in the test also took part in training. How the model does at a hospital "
         "that did not was not measured.",
         "Not checked: fairness between groups of patients, robustness to poor images, agreement "

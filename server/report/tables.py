@@ -40,8 +40,12 @@ def cards(run: Run, metric: str | None) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str, str]] = []
     if metric is not None:
         pair = words.interval(metric, run.federated.pooled_intervals.get(metric))
-        number = words.value(metric, run.federated.pooled.get(metric))
+        pooled = run.federated.pooled.get(metric)
+        number = words.value(metric, pooled)
         note = f"95 %: {pair}" if pair else "over all test cases"
+        if pooled is None:
+            number = words.value(metric, run.federated.mean.get(metric))
+            note = "mean over hospitals"
         found.append((words.measure(metric).label, number, note))
         shown = curves.ranked(run.federated, metric)
         if len(shown) > 1:
@@ -50,13 +54,16 @@ def cards(run: Run, metric: str | None) -> list[tuple[str, str, str]]:
     found.append(("Hospitals", str(len(sites)), f"{run.facts.get('rounds')} rounds"))
     trained = words.total(s.n_train for s in sites)
     tested = words.total(s.n_test for s in sites)
-    found.append(("Training cases", trained, f"tested on {tested}"))
+    note = "test cases: few, or not told" if tested == words.NONE else f"tested on {tested}"
+    found.append(("Training cases", trained, note))
     private = [s.epsilon or 0.0 for s in run.private_sites]
     found.append(
         ("Largest ε", words.epsilon(max(private)), f"at {len(private)} of {len(sites)} hospitals")
         if private
         else ("Privacy loss ε", "no bound", "no differential privacy")
     )
+    if run.site_epsilon is not None:
+        found.append(("ε of a whole hospital", words.epsilon(run.site_epsilon), "on the sum"))
     return found
 
 
@@ -99,6 +106,8 @@ def site_tables(run: Run, metric: str | None) -> list[Table]:
     local = words.by_name(run.baselines["local"].sites) if "local" in run.baselines else {}
     many = len(run.federated.sites) > MANY
     text = "On each hospital's own test cases, with 95 % intervals."
+    if run.between_hospitals:
+        text = f"On each hospital's own test cases. {words.NONE}: the hospital does not tell."
     tables = [_site_table(run, metrics[:COLUMNS], local, metric, text, many)]
     if len(metrics) > COLUMNS:
         whole = "Every other metric on each hospital's own test cases."
@@ -158,13 +167,16 @@ def data_table(run: Run) -> Table:
     rows = [[(s.name, ""), *((words.count(f(s)), "") for _, f in columns)] for s in sites]
     rows.append([("All hospitals", ""), *((words.total(map(f, sites)), "") for _, f in columns)])
     left = "" if reasons else " No case was left out."
+    if any(s.n_train is None for s in sites):
+        left = f" {words.NONE}: the hospital does not tell."
     caption = f"Cases, split by patient. Counts from 1 to {words.SMALL - 1} show as <{words.SMALL}."
     return Table(caption + left, ["Hospital", *(name for name, _ in columns)], rows,
                  folded=len(sites) > MANY)  # fmt: skip
 
 
-def _quarantined(reason: str) -> Callable[[SiteResult], int]:
-    return lambda site: site.quarantined.get(reason, 0)
+def _quarantined(reason: str) -> Callable[[SiteResult], int | None]:
+    """Cases of a site left out for a reason; who does not tell its cases does not tell these."""
+    return lambda site: None if site.n_train is None else site.quarantined.get(reason, 0)
 
 
 def absent(run: Run) -> list[str]:
@@ -194,7 +206,7 @@ def made(run: Run) -> list[tuple[str, str]]:
         ("Rounds", _rounds(run)),
         ("Local training", _local_training(run)),
         ("Seed", str(facts.get("seed", words.NONE))),
-        ("Traffic", f"{words.size(per_round)} a round, all hospitals together"),
+        ("Traffic", f"{words.size(per_round)} a round, all hospitals together{_split(facts)}"),
         ("Duration", words.duration(facts.get("seconds"))),
         ("Date", str(facts.get("date", words.NONE))),
         ("Versions", ", ".join(f"{k} {environment[k]}" for k in environment if k not in _MACHINE
@@ -203,6 +215,13 @@ def made(run: Run) -> list[tuple[str, str]]:
                               if environment.get(k) is not None)),
     ]  # fmt: skip
     return [(what, text) for what, text in lines if text]
+
+
+def _split(facts: Mapping[str, Any]) -> str:
+    down, up = facts.get("bytes_down_per_round"), facts.get("bytes_up_per_round")
+    if down is None or up is None:
+        return ""
+    return f": {words.size(down)} to them, {words.size(up)} from them"
 
 
 def _rounds(run: Run) -> str:

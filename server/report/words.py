@@ -95,14 +95,18 @@ def total(counts: Iterable[int | None]) -> str:
         return NONE
     visible = [n for n in numbers if n is not None and not 0 < n < SMALL]
     seen = f"{sum(visible):,}"
-    if not sum(visible) and len(visible) < len(numbers) and None not in numbers:
-        return f"at most {(SMALL - 1) * (len(numbers) - len(visible)):,}"
+    if not sum(visible) and len(visible) < len(numbers):
+        most = (SMALL - 1) * (len(numbers) - len(visible))
+        return NONE if None in numbers else f"at most {most:,}"
     return seen if len(visible) == len(numbers) else f"more than {seen}"
 
 
 def shows_metrics(site: SiteResult) -> bool:
-    """Whether a site's own metrics are shown; 2/3 correct would give a masked count away."""
-    return site.n_test >= SMALL
+    """Whether a site's own metrics are shown; 2/3 correct would give a masked count away.
+
+    A private hospital tells no count, and metrics only with noise.
+    """
+    return site.n_test is None or site.n_test >= SMALL
 
 
 def epsilon(number: float | None) -> str:

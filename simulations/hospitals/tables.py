@@ -65,6 +65,12 @@ def write_site(
             "[privacy]",
             f"epsilon = {epsilon:g}",
             f"delta = {delta:g}",
+            "# About how many patients it trains on: what others learn instead of the number.",
+            "declared_patients = 10",
+            "# Of all studies together, ever.",
+            "[privacy.budget]",
+            "epsilon = 20",
+            f"delta = {delta:g}",
         ]
     path = folder / "site.toml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")

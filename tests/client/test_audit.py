@@ -18,10 +18,10 @@ from scipy import stats
 
 from medfl.client.composition import Charge, spent
 from medfl.client.ledger import Ledger
-from medfl.client.noise import key_from
 from medfl.client.training.plan import DpPlan
 from medfl.client.training.private import noise_generator, noisy_mean, sum_of_units
 from medfl.client.training.units import poisson_batches
+from medfl.common.noise import key_from
 
 CANARIES, GUESSES, ROUNDS = 2000, 400, 20
 SIGMA, RATE, CLIP, DELTA = 4.0, 0.5, 0.7, 1e-5

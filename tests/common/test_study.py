@@ -179,6 +179,8 @@ def test_another_strategy_takes_its_own_defaults() -> None:
 # What to write over the study below, by table, and the fault that it must give. `None` drops a key.
 Over = dict[str, dict[str, Any] | None]
 RECORD = {"features": [{"name": "age", "range": [0, 100]}]}
+WHOLE = {"epsilon": 1.0, "delta": 1e-5, "sites": 4}
+EQUAL = {"weighting": "equal"}
 CONTRADICTIONS: list[tuple[Over, str]] = [
     ({"task": {"classes": ["ill"]}}, "task.classes: has fewer than two names; name every class"),
     ({"task": {"classes": ["a", "a"]}}, "task.classes: names a class twice"),
@@ -258,6 +260,35 @@ CONTRADICTIONS: list[tuple[Over, str]] = [
             "task": {"multi_label": True},
         },
         "privacy.metrics_epsilon: is not for multi_label tasks yet",
+    ),
+    (
+        {"site_privacy": WHOLE | {"delta": 0.25}, "federation": EQUAL},
+        "site_privacy.delta: must be below 1 / sites",
+    ),
+    ({"site_privacy": WHOLE}, 'federation.weighting: write "equal"'),
+    (
+        {"site_privacy": WHOLE, "federation": EQUAL | {"sites_per_round": 2}},
+        "federation.sites_per_round: remove it; with [site_privacy]",
+    ),
+    (
+        {"site_privacy": WHOLE, "federation": EQUAL | {"min_sites": 5}},
+        "site_privacy.sites: must be at least federation.min_sites",
+    ),
+    (
+        {"site_privacy": WHOLE, "federation": EQUAL | {"best_metric": "auroc"}},
+        'federation.best_metric: remove it and write keep = "last"',
+    ),
+    (
+        {
+            "site_privacy": WHOLE,
+            "federation": EQUAL,
+            "model": {"options": {"norm": "batch"}},
+        },
+        "model.options.norm: batch norm's variances cannot carry the noise",
+    ),
+    (
+        {"site_privacy": WHOLE, "federation": EQUAL, "image": {"intensity": "federated"}},
+        "site_privacy: image.intensity (write",
     ),
     (
         {"evaluation": {"validation": 0.5, "test": 0.5}},

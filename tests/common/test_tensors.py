@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def test_a_write_that_stops_halfway_leaves_the_old_file_and_no_litter(tmp_path: 
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
+import json
 import numpy as np
 from medfl.common import errors, tensors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -171,3 +173,48 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="could not be written"):
         tensors.save(some(), tmp_path / "file" / "w.safetensors")
+
+
+def test_our_text_is_safetensors_and_its_views_are_the_arrays(tmp_path) -> None:
+    from safetensors.numpy import load as by_library
+    from safetensors.numpy import save as of_library
+
+    arrays = {
+        "a": np.array([[1.5, -2.0]], np.float32),
+        "count": np.array(7, np.int64),
+        "none": np.zeros((0, 3), np.float32),
+        "bytes": np.arange(5, dtype=np.uint8),
+        "f": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    }
+    by_them = of_library({n: np.asarray(a, order="C") for n, a in arrays.items()})
+    text = tensors.header(arrays) + b"".join(
+        tensors.raw_bytes(arrays[n]) for n in tensors.file_order(arrays)
+    )
+    for found in (by_library(text), tensors.views(text), tensors.views(by_them)):
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert found[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}},
+        {"a": {"dtype": "F32", "shape": [10**30], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "O", "shape": [1], "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+        {"a": {"dtype": "F32", "shape": 1, "data_offsets": [0, 8]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}},
+        {},
+        [],
+        5,
+    ],
+)
+def test_a_text_whose_header_does_not_fit_is_refused(about) -> None:
+    head = json.dumps(about).encode()
+    with pytest.raises(ValueError):  # noqa: PT011
+        tensors.views(len(head).to_bytes(8, "little") + head + bytes(8))
+    with pytest.raises(ValueError):  # noqa: PT011
+        tensors.views((2**60).to_bytes(8, "little") + head)

@@ -24,9 +24,14 @@ def cohort(**parts: Split) -> Cohort:
 def test_only_rounds_that_trained_on_the_patient_are_named(tmp_path: Path) -> None:
     path = tmp_path / "lineage"
     first, second = cohort(a="train", b="train", c="test"), cohort(a="train")
-    rounds = [Used("s", "c1", 1, "m1"), Used("s", "c1", 2, "m2"), Used("t", "c2", 1, "m3")]
+    rounds = [
+        Used("s", "r", "c1", 1, "m1"),
+        Used("s", "r", "c1", 2, "m2"),
+        Used("t", "r", "c2", 1, "m3"),
+    ]
     for used in rounds:
         record_round(path, first if used.cohort == "c1" else second, used)
+    record_round(path, first, rounds[0])  # The same answer, asked for again.
     assert rounds_with(path, "a") == tuple(rounds)
     assert rounds_with(path, "b") == tuple(rounds[:2])
     assert rounds_with(path, "c") == ()
@@ -37,7 +42,7 @@ def test_only_rounds_that_trained_on_the_patient_are_named(tmp_path: Path) -> No
 
 def test_a_damaged_file_is_an_error_and_not_an_all_clear(tmp_path: Path) -> None:
     path = tmp_path / "lineage"
-    record_round(path, cohort(a="train"), Used("s", "c1", 1, "m1"))
+    record_round(path, cohort(a="train"), Used("s", "r", "c1", 1, "m1"))
     path.write_text(path.read_text()[:-9])
     with pytest.raises(StorageError, match="damaged"):
         rounds_with(path, "a")
@@ -50,10 +55,10 @@ def test_the_command_finds_a_patient_by_the_hospitals_number(
     site_file.write_text('name = "a"\n[data]\nformat = "dicom"\npath = "."\n')
     site = load_site(site_file)
     patient = hashed(cases_key(load_secret(secret_path(site))), "patient", "HOSP-7")
-    record_round(lineage_path(site), cohort(**{patient: "train"}), Used("s", "c1", 3, "m1"))
+    record_round(lineage_path(site), cohort(**{patient: "train"}), Used("s", "r", "c1", 3, "m1"))
     assert "HOSP-7" not in lineage_path(site).read_text()
     assert main(["lineage", str(site_file), "HOSP-7", "--json"]) == 0
     plain = json.loads(capsys.readouterr().out)
-    assert plain == [{"study": "s", "cohort": "c1", "round": 3, "model": "m1"}]
+    assert plain == [{"study": "s", "run": "r", "cohort": "c1", "round": 3, "model": "m1"}]
     assert main(["lineage", str(site_file), "HOSP-8"]) == 0
     assert "No round" in capsys.readouterr().out

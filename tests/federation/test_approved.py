@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from medfl.client import approved, consent
 from medfl.client.approved import Approved
 from medfl.client.composition import Charge
-from medfl.client.data.lineage import lineage_path, rounds_with
+from medfl.client.data.lineage import Used, lineage_path, rounds_with
 from medfl.client.data.own import own_cohort
 from medfl.client.premises import Enrolment, Home
-from medfl.common import config, study_text
+from medfl.common import config, heads, study_text
+from medfl.common.audit import Head
 from medfl.common.errors import PolicyRefused, StorageError
 from medfl.common.kept import save_record
 from medfl.common.messages import Instruction, Reply, pack
@@ -134,6 +136,21 @@ def test_a_study_altered_on_the_hospitals_disk_is_refused(world: World) -> None:
         world.find()
 
 
+def test_nothing_is_run_on_a_ledger_that_was_put_back(world: World) -> None:
+    world.approve()
+    hospital, home = world.find(), world.finder.home
+    charge = Charge(world.study.digest, "tiny", "r", "training", 1, 4.0, 0.5, 5)
+    hospital.ledger.reserve(charge, ["a", "b"])
+    word = hospital.ledger.sealed("T\x1fnorth\x1f1")
+    shown = heads.witness(home.signing_key(), "ledger:north", "north", Head(1, word), 0)
+    save_record(home.folder / "ledger_shown.json", shown)
+    world.find()
+    (hospital.ledger.folder / "ledger.jsonl").unlink()
+    (hospital.ledger.folder / "key").unlink()
+    with pytest.raises(PolicyRefused, match="begun anew"):
+        world.find()
+
+
 def test_each_answer_is_sealed_and_noted(world: World) -> None:
     asked = Instruction(kind="round", study_digest=world.study.digest, run="r", round=3)
     envelope = pack(Reply(site="north", round=3))
@@ -147,46 +164,26 @@ def test_each_answer_is_sealed_and_noted(world: World) -> None:
     assert line["about"]["content"] == found.content
 
 
-def trained(world: World, round_: int) -> None:
-    """What the trainer does with a round: find, train, seal."""
-    import numpy as np
-
+def test_an_update_is_in_the_lineage_before_it_leaves(world: World) -> None:
+    world.approve()
     hospital = world.find()
-    hospital.ledger.reserve(Charge("s", "tiny", "r", "training", round_, 4.0, 0.5, 5), ["p"])
-    asked = Instruction(kind="round", study_digest=world.study.digest, run="r", round=round_)
+    asked = Instruction("round", world.study.digest, "r", round=2, model="m1")
     delta = {"w": np.zeros(1, np.float32)}
-    world.finder.seal("{}", asked, pack(Reply(site="north", round=round_, delta=delta)))
-
-
-def test_what_a_round_used_is_noted_before_its_answer_leaves(world: World) -> None:
-    world.approve()
-    trained(world, 1)
-    trained(world, 2)
-    site = load_site(world.finder.site_file)
-    patients = {c.patient for c in own_cohort(site, world.study).cases if c.split == "train"}
-    used = [rounds_with(lineage_path(site), p) for p in sorted(patients)]
-    assert [[u.round for u in rounds] for rounds in used] == [[1, 2]] * len(patients)
-    heads = [line["about"] for line in world.finder.home.audit.lines() if line["what"] == "ledger"]
-    assert [head["lines"] for head in heads] == [2, 3]
-
-
-@pytest.mark.parametrize("how", ["deleted", "put back"])
-def test_a_ledger_that_shrank_stops_the_work_also_after_a_restart(world: World, how: str) -> None:
-    world.approve()
-    trained(world, 1)
-    ledger = world.find().ledger
-    before = {p: p.read_bytes() for p in ledger.folder.iterdir()}
-    trained(world, 2)
-    for path in list(ledger.folder.iterdir()):
-        path.unlink()
-    if how == "put back":
-        for path, content in before.items():
-            path.write_bytes(content)
-    argument = {"state": str(world.finder.home.folder), "site": str(world.finder.site_file)}
-    for finder in (world.finder, approved.hospitals(json.dumps(argument))):
-        with pytest.raises(StorageError, match="lines and had 3"):
-            finder(Context({"study": world.study.digest}))
-    assert [e["what"] for e in world.finder.home.audit.lines()].count("ledger was put back") == 2
+    path = lineage_path(load_site(world.finder.site_file))
+    for nothing in (pack(Reply(site="north")), pack(Reply(site="north", refusal="out of memory"))):
+        world.finder.seal("{}", asked, nothing)
+    world.finder.seal("{}", Instruction("finish", world.study.digest, "r"), pack(Reply("north")))
+    assert not path.exists()
+    world.finder.seal("{}", asked, pack(Reply(site="north", delta=delta)))
+    patient = hospital.patients("train")[0]
+    assert rounds_with(path, patient) == (
+        Used(world.study.digest, "r", hospital.cohort.digest, 2, "m1"),
+    )
+    assert rounds_with(path, hospital.patients("test")[0]) == ()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StorageError, match="lineage"):
+        world.finder.seal("{}", asked, pack(Reply(site="north", delta=delta)))
 
 
 def test_nothing_is_begun_on_a_full_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

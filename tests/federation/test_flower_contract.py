@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from flwr.app import Array, Message, Metadata, RecordDict
 from flwr.common.config import get_fab_config, get_fused_config_from_fab
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable import inflatable_utils
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.run import Run as FlowerRun
@@ -31,7 +32,7 @@ from medfl.common.bundle import study_bundle
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import Envelope
 from medfl.common.tunnel import ALLOWED, MAX_BODY
-from medfl.server.link import Malformed, expanded_bytes, inflated
+from medfl.server.link import Malformed, arrived, fixed
 from medfl.server.nodes import _REQUESTS, NodeKey, speakers
 
 
@@ -174,7 +175,7 @@ def test_arrays_survive_the_way_through_flowers_objects(n: int) -> None:
     made = message(sent)
     contents = objects(made)
     assert len(contents) == (3 if n == 3 else 8)
-    got = inflated(made.object_id, contents, 100_000_000)
+    got = arrived(get_object_tree(made), contents.__getitem__, 100_000_000)
     arrays = from_record(got.content).arrays["delta"]
     assert set(arrays) == set(sent)
     for name, array in sent.items():
@@ -183,7 +184,7 @@ def test_arrays_survive_the_way_through_flowers_objects(n: int) -> None:
         assert np.array_equal(arrays[name], array)
 
 
-def bomb(times: int) -> tuple[str, dict[str, bytes]]:
+def bomb(times: int) -> tuple[ObjectTree, dict[str, bytes]]:
     """A message whose array names its one chunk many times."""
     made = message({"w": np.zeros(500_000, dtype=np.float32)})
     contents = objects(made)
@@ -192,29 +193,47 @@ def bomb(times: int) -> tuple[str, dict[str, bytes]]:
     head, body = content.split(b"\x00", 1)
     about = json.loads(body)
     about["arraychunk_ids"] = about["arraychunk_ids"] * times
+    about["shape"] = [about["shape"][0] * times]
     body = json.dumps(about).encode()
     kind, children, _ = head.decode().split(" ")
     new = f"{kind} {children} {len(body)}".encode() + b"\x00" + body
-    return made.object_id, contents | {old: new}
+    return get_object_tree(made), contents | {old: new}
 
 
 def test_a_chunk_that_is_named_many_times_is_refused_before_it_is_put_together() -> None:
-    top, contents = bomb(1)
-    assert isinstance(inflated(top, dict(contents), 10_000_000), Message)
-    top, contents = bomb(100)
+    tree, contents = bomb(1)
+    assert isinstance(arrived(tree, contents.__getitem__, 10_000_000), Message)
+    tree, contents = bomb(100)
     assert sum(map(len, contents.values())) < 3_000_000
-    assert expanded_bytes(contents) > 190_000_000
+    asked: list[str] = []
+
+    def fetch(object_id: str) -> bytes:
+        asked.append(object_id)
+        return contents[object_id]
+
     with pytest.raises(Malformed, match="memory"):
-        inflated(top, contents, 10_000_000)
+        arrived(tree, fetch, 10_000_000)
+    # Not even its chunk was fetched.
+    assert not [i for i in asked if contents[i].startswith(b"ArrayChunk")]
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "index", "garbage"])
+@pytest.mark.parametrize(
+    "damage", ["gone", "cut", "index", "garbage", "shape", "chunk", "stranger"]
+)
 def test_objects_that_do_not_belong_together_are_refused(damage: str) -> None:
     made = message({"w": np.zeros(500_000, dtype=np.float32)})
     contents = objects(made)
     (array,) = [i for i, c in contents.items() if c.startswith(b"Array ")]
+    (chunk,) = [i for i, c in contents.items() if c.startswith(b"ArrayChunk ")]
+    tree = get_object_tree(made)
     if damage == "gone":
         del contents[array]
+    elif damage == "shape":
+        contents[array] = contents[array].replace(b'"shape": [2', b'"shape": [1')
+    elif damage == "chunk":
+        contents[chunk] = contents[chunk][:-5]
+    elif damage == "stranger":
+        tree = ObjectTree(object_id=made.object_id)
     elif damage == "cut":
         contents[array] = contents[array][:-5]
     elif damage == "index":
@@ -222,7 +241,14 @@ def test_objects_that_do_not_belong_together_are_refused(damage: str) -> None:
     else:
         contents[array] = b"\xff\x00\xff"
     with pytest.raises(Malformed):
-        inflated(made.object_id, contents, 100_000_000)
+        arrived(tree, contents.__getitem__, 100_000_000)
+
+
+def test_chunks_are_hashed_once_and_have_flowers_ids() -> None:
+    made = message({"w": np.arange(3_000_000, dtype=np.float32)})
+    before = {i: o.deflate() for i, o in get_all_nested_objects(made).items()}
+    again = Message(content=fixed(made.content), metadata=made.metadata)
+    assert {i: o.deflate() for i, o in get_all_nested_objects(again).items()} == before
 
 
 def test_an_array_of_flowers_own_making_is_refused() -> None:

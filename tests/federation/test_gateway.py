@@ -18,6 +18,7 @@ import pytest
 from medfl import __version__
 from medfl.client import coordinator, enrolment, witness
 from medfl.client.coordinator import Line, connected
+from medfl.client.ledger import Ledger
 from medfl.client.premises import Home
 from medfl.common import certificates, coordination, invitation
 from medfl.common import heads as heads_of
@@ -89,6 +90,10 @@ def world(tmp_path: Path) -> Iterator[World]:
     gateway.start()
     yield World(federation, settings, gateway, clock, tmp_path)
     gateway.stop(0)
+
+
+def no_ledger(home: Home) -> Ledger:
+    return Ledger(home.folder / "ledger")
 
 
 def studies(line: Line) -> Studies:
@@ -476,7 +481,7 @@ def test_heads_are_exchanged_and_each_side_can_show_what_was_cut(world: World) -
     home = world.joined("a")
     with enrolment.line_to(home) as line:
         for _ in range(3):
-            witness.exchange(home, line)
+            witness.exchange(home, line, no_ledger(home))
     mine, theirs = witness.check(home), heads.check(world.federation)
     assert (mine.bad, mine.heads, mine.doubtful) == (None, 3, 0)
     assert (theirs.bad, theirs.heads, theirs.doubtful) == (None, 2, 0)
@@ -496,19 +501,19 @@ def test_heads_are_exchanged_and_each_side_can_show_what_was_cut(world: World) -
 def test_a_log_that_was_rolled_back_is_refused_by_the_other_side(world: World) -> None:
     home = world.joined("a")
     with enrolment.line_to(home) as line:
-        witness.exchange(home, line)
-        witness.exchange(home, line)
+        witness.exchange(home, line, no_ledger(home))
+        witness.exchange(home, line, no_ledger(home))
         whole = home.audit.path.read_bytes()
         home.audit.path.write_bytes(whole.splitlines(keepends=True)[0])
         with pytest.raises(PolicyRefused, match="audit log of a had"):
-            witness.exchange(home, line)
+            witness.exchange(home, line, no_ledger(home))
         home.audit.path.write_bytes(whole)
         # And the coordinator's: as if it were restored from an old backup.
         theirs = world.federation.audit.path
         theirs.write_bytes(b"".join(theirs.read_bytes().splitlines(keepends=True)[:3]))
         (world.federation.state / "heads" / "a.json").unlink()
         with pytest.raises(FederationError, match="coordinator's audit log had"):
-            witness.exchange(home, line)
+            witness.exchange(home, line, no_ledger(home))
 
 
 @dataclass
@@ -537,7 +542,7 @@ def test_a_head_that_is_not_signed_by_the_pinned_key_is_not_kept(world: World) -
             lambda answer: replace(answer, own=answer.seen),
         ):
             with pytest.raises(FederationError, match="is not right"):
-                witness.exchange(home, Forging(line, change))  # type: ignore[arg-type]
+                witness.exchange(home, Forging(line, change), no_ledger(home))  # type: ignore[arg-type]
     assert not home.witnesses.exists()
     # And the other way: a site that countersigns with another key, or for another's log.
     record = world.federation.site("a")

@@ -31,11 +31,12 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
         (
             server_cli.main,
             "init invite start status sites runs log stop revoke renew run "
-            "resume study.publish study.list model.get",
+            "resume study.publish study.list model.get report plan-without",
         ),
         (
             client_cli.main,
-            "enrol studies show approve withdraw start status log audit.verify diagnose check",
+            "enrol check studies show approve withdraw start status log audit.verify diagnose "
+            "budget exclude lineage deid accept-key",
         ),
     ):
         for command in commands.split():
@@ -63,6 +64,7 @@ def test_init_says_the_next_step_and_is_idempotent(
         (["revoke", "nobody"], 2),
         (["study", "publish", "nowhere.toml"], 2),
         (["run", "nothing"], 2),
+        (["plan-without", "nobody"], 2),
         (["model", "get", "nothing", "--out", "x"], 2),
         (["model", "get", "../../keys", "--out", "x"], 2),
         (["stop", "nothing"], 2),
@@ -199,6 +201,18 @@ def test_from_invitation_to_model_in_real_processes(
     assert tensors.load(work.folder / "m.safetensors")
     assert work.done("server", "log", "--verify").returncode == 0
     assert work.done("client", "audit", "verify", *clients["north"][1][:2]).returncode == 0
+    # Both sides know which rounds used the hospital's cohort.
+    kept = (work.folder / "north" / ".medfl-lineage.jsonl").read_text().splitlines()
+    cohort, *rounds = (json.loads(line) for line in kept)
+    assert [(r["run"], r["round"], r["cohort"]) for r in rounds] == [
+        (result["id"], n, cohort["cohort"]) for n in (1, 2)
+    ]
+    plan = json.loads(work.done("server", "plan-without", cohort["cohort"], "--json").stdout)
+    (affected,) = plan["affected"]
+    assert (affected["run"], affected["sites"], affected["rounds"]) == (
+        result["id"], ["north"], [1, 2],
+    )  # fmt: skip
+    assert affected["models"]["1"] == rounds[1]["model"]
     # Revoked: the running client ends by itself, and says so by its exit code.
     assert work.done("server", "revoke", "south").returncode == 0
     assert work.ended(clients["south"][0]) == 5

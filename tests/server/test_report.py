@@ -26,7 +26,7 @@ from medfl.common.metrics import (
     summarise,
 )
 from medfl.common.study import Study, load_study
-from medfl.server.report import write_report
+from medfl.server.report import words, write_report
 
 STUDY = """
 name = "made-up"
@@ -373,6 +373,26 @@ def test_without_privacy_the_page_says_so_plainly(rendered: Callable[[str], Repo
     assert "ε covers" not in report.page.text
     assert "nothing bounds how much" in report.page.text
     assert "Pooled training" not in report.page.text
+
+
+def test_privacy_of_whole_hospitals_is_stated_beside_what_it_does_not_cover(
+    tmp_path: Path,
+) -> None:
+    make_run(tmp_path, Made(sites=2, baselines=False))
+    study = (tmp_path / "study.toml").read_text() + 'weighting = "equal"\n'
+    whole = "[site_privacy]\nepsilon = 3.0\ndelta = 1e-3\nsites = 2\n"
+    (tmp_path / "study.toml").write_text(study + whole)
+    rounds = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    lines = [json.dumps(r | {"epsilon": 1.1 + i / 1000}) for i, r in enumerate(rounds)]
+    (tmp_path / "rounds.jsonl").write_text("\n".join(lines))
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    spent = words.epsilon(1.1 + (len(rounds) - 1) / 1000)
+    assert f"Whole hospitals are protected with ε of at most {spent}." in page
+    for text in (page, (tmp_path / "model_card.md").read_text()):
+        assert f"Whole hospitals: ε of {spent} at δ of 0.001" in text
+        assert "does not protect a hospital from the coordinator" in text
+        assert "No differential privacy was used" not in text
 
 
 def test_forty_hospitals_show_the_best_and_worst_ten_and_all_in_the_table(

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from medfl.client.noise import Keystream, fresh_key, key_from
 from medfl.client.training.loop import train
 from medfl.client.training.plan import DpPlan, TrainPlan
 from medfl.client.training.units import poisson_batches
 from medfl.common.models import build_model
 from medfl.common.models.weights import get_weights
+from medfl.common.noise import Keystream, fresh_key, key_from
 from medfl.common.statistics import Shared
 
 N = 20_000

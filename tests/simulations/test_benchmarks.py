@@ -1,0 +1,62 @@
+"""The benchmarks run, and what they compare ends with the same model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medfl.simulations.benchmarks import __main__ as benchmarks
+from medfl.simulations.benchmarks import plain
+from medfl.simulations.benchmarks.rows import Row, Spread, write
+
+
+def test_a_row_tells_medians_spread_and_ratios(tmp_path: Path) -> None:
+    row = Row("w", Spread.of([3.0, 1.0, 2.0]), {"other": Spread.of([10.0])}, "s", 4.0, True)
+    assert row.ratios == {"other": 5.0}
+    assert str(row) == "w: medfl 2 (1 to 3) s; other 10 (5 x); limit 4; results agree"
+    write(tmp_path / "x.json", "x", "2026-01-02", [row])
+    told = json.loads((tmp_path / "x.json").read_text())
+    assert told["rows"][0]["medfl"] == {"median": 2.0, "values": [1.0, 2.0, 3.0]}
+    assert told["machine"]["versions"]["flwr"].startswith("1.41")
+
+
+def test_models_that_differ_are_told_apart() -> None:
+    one = {"w": np.array([1.0, -2.0], np.float32)}
+    assert plain.same(one, {"w": np.array([1.0, -2.00001], np.float32)})
+    assert not plain.same(one, {"w": np.array([1.0, -2.001], np.float32)})
+    assert not plain.same(one, {"v": one["w"]})
+
+
+def test_the_plain_loop_is_the_mean_of_the_hospitals_steps() -> None:
+    """One input, one unit a layer, all weights 0: only the last bias moves: rate (mean y - 1/2)."""
+    zeros = {
+        "1.weight": np.zeros((1, 3), np.float32),
+        "1.bias": np.zeros(1, np.float32),
+        "3.weight": np.zeros((1, 1), np.float32),
+        "3.bias": np.zeros(1, np.float32),
+    }
+    after, seconds = plain.loop(zeros, sites=2, rounds=1)
+    labels = np.concatenate([plain.table(site)[1] for site in range(2)])
+    assert after["3.bias"][0] == pytest.approx(plain.LEARNING_RATE * (labels.mean() - 0.5))
+    assert not after["1.weight"].any()
+    assert len(seconds) == 1
+
+
+def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmarks.main(["nonsense"]) == 2
+    assert "nonsense: is no benchmark" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["latency", "memory"])
+def test_a_benchmark_runs_small_and_its_results_agree(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmarks.main([name, "--small", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"][name]
+    assert [row["agree"] for row in rows] == [True] * len(rows)
+    assert all(row["medfl"]["values"] for row in rows)
