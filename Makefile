@@ -13,7 +13,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-federation test fast lint format types check bench lock clean
+.PHONY: help setup demo demo-federation test fast faults lint format types check bench lock clean
 
 help: ## this list
 	@echo 'medfl: federated learning that hospitals run'
@@ -32,6 +32,10 @@ test: $(DEV_READY) ## every test
 
 fast: $(DEV_READY) ## the tests that take less than a few seconds each
 	OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow'
+
+faults: $(DEV_READY) ## every case of the fault campaign; writes tests/faults/RESULTS.md
+	MEDFL_FAULTS=1 MEDFL_FAULTS_TABLE=tests/faults/RESULTS.md OMP_NUM_THREADS=1 \
+	    $(PYTEST) tests/faults $$($(BIN)/python tests/faults/harness/cases.py)
 
 lint: $(DEV_READY) ## ruff: faults and format
 	$(BIN)/ruff check .

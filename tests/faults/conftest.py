@@ -11,6 +11,7 @@ import pytest
 from harness import table
 from harness.world import World, federation_of
 
+HERE = Path(__file__).parent
 _told: list[table.Told] = []
 
 
@@ -24,6 +25,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     whole, chosen, left = bool(os.environ.get("MEDFL_FAULTS")), [], []
     for item in items:
+        if item.path.is_relative_to(HERE) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(600))
         for mark in item.iter_markers("case"):
             item.user_properties.append(("case", mark.args[0]))
             item.user_properties.append(("did", mark.args[1]))
@@ -36,14 +39,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if os.environ.get("MEDFL_FAULTS_TABLE"):
+    if place := os.environ.get("MEDFL_FAULTS_TABLE"):
         table.note(_told, report)
+        if report.when == "teardown":
+            # After each test: a campaign that is broken off leaves what it has seen.
+            table.write(_told, Path(place))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     place = os.environ.get("MEDFL_FAULTS_TABLE")
     if place and not hasattr(session.config, "workerinput"):
-        table.write(_told, Path(place))
+        if not table.write(_told, Path(place)):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture

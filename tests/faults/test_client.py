@@ -25,7 +25,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     spoils = {UNLUCKY: {"trainer": {"fate": str(folder / "fate.json")}}}
     made = federation_of(folder / "world", ("north", UNLUCKY), {"rounds": 3}, spoils)
     warm = made.run()
-    assert made.over(warm).state == "done"
+    made.ends(warm)
     yield made
     made.close()
 
@@ -76,7 +76,7 @@ def test_a_failed_training_is_told_in_seconds_and_costs_one_round(
 ) -> None:
     fate(do)
     run = shared.run(deadline=60)
-    assert shared.over(run).state == "done"
+    shared.ends(run)
     first, *others = shared.rounds(run)
     assert first["left_out"] == {UNLUCKY: why}
     assert [r["left_out"] for r in others] == [{}] * len(others)
@@ -94,7 +94,7 @@ def test_a_hospital_that_asks_for_a_gpu_never_trains_without(shared: World, seen
     site.site_file.write_text(text.replace("[data]", 'device = "cuda"\n[data]'))
     try:
         run = shared.run("gpu")
-        assert shared.over(run).state == "done"
+        shared.ends(run)
     finally:
         site.site_file.write_text(text)
     assert shared.state_of(run).digest == digest
@@ -104,7 +104,11 @@ def test_a_hospital_that_asks_for_a_gpu_never_trains_without(shared: World, seen
     seen("refused by its policy in `prepare`, no round trained there; the reason is in its log")
 
 
-@pytest.mark.case(24, "training 10 s longer than a deadline of 4 s")
+@pytest.mark.case(
+    24,
+    "training 10 s longer than a deadline of 4 s",
+    short="that the answer came afterwards is not in the coordinator's log",
+)
 def test_a_late_answer_does_not_count(shared: World, fate: Any, seen: Seen) -> None:
     fate("sleep", seconds=10)
     since = time.monotonic()
@@ -143,7 +147,7 @@ def test_a_second_client_with_the_same_keys_is_refused(shared: World, seen: Seen
     second = shared.start("client", "start", *options)
     second.wait_for("is running with the same keys", 60)
     run = shared.run()
-    assert shared.over(run).state == "done"
+    shared.ends(run)
     assert shared.left_out(run) == [{}] * 4
     assert second.term() == 0
     whats = [e["what"] for e in shared.audit()]
@@ -152,28 +156,28 @@ def test_a_second_client_with_the_same_keys_is_refused(shared: World, seen: Seen
     seen("told so and kept waiting, noted by the coordinator; the first went on in all rounds")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 @pytest.mark.case(16, "SIGKILL of the whole client while it trains, deadline 8 s")
 @pytest.mark.case(17, "the same client started again at once")
 def test_a_killed_client_costs_a_round_and_comes_back(shared: World, fate: Any, seen: Seen) -> None:
     site = shared.sites[UNLUCKY]
     fate("sleep", seconds=60)
     run = shared.run(deadline=8)
-    until(lambda: met(shared), 60, "the training")
+    until(lambda: met(shared), 120, "the training")
     assert site.process is not None
     site.process.kill()
     since, line = time.monotonic(), len(shared.server.lines) if shared.server else 0
     spoils = {"trainer": {"fate": str(shared.folder.parent / "fate.json")}}
     again = site.start(**spoils)
     back = time.monotonic() - since
-    assert shared.over(run).state == "done"
+    shared.ends(run)
     records = [r for r in shared.rounds(run) if UNLUCKY in r["left_out"]]
     assert records
     assert all([s["name"] for s in r["sites"]] == ["north"] for r in records[:1])
     shared.connected(UNLUCKY, since=line)
     assert again.popen.poll() is None
     after = shared.run()
-    assert shared.over(after).state == "done"
+    shared.ends(after)
     assert shared.left_out(after) == [{}] * 4
     seen(
         f"run ended without it in {len(records)} of {len(shared.rounds(run))} exchanges "
@@ -190,16 +194,16 @@ def test_a_withdrawal_holds_in_the_next_round(shared: World, fate: Any, seen: Se
         one.approve("leave")
     fate("sleep", seconds=6)
     run = shared.run("leave")
-    until(lambda: met(shared), 60, "the training")
+    until(lambda: met(shared), 120, "the training")
     assert site.done("withdraw", "leave", "--state", str(site.state)).returncode == 0
-    assert shared.over(run).state == "done"
+    shared.ends(run)
     records = shared.rounds(run)
     assert all(UNLUCKY in r["left_out"] for r in records[1:])
     assert all([s["name"] for s in r["sites"]] == ["north"] for r in records[1:])
-    patients = [f"p{k}" for k in range(20)]
+    patients = [f"p{k}" for k in range(6)]
     traced = [site.done("lineage", str(site.site_file), p, "--json").stdout for p in patients]
-    rounds = {u["round"] for text in traced for u in json.loads(text)}
-    assert rounds == {1}
+    used = [u for text in traced for u in json.loads(text)]
+    assert {u["round"] for u in used if u["study"] == shared.state_of(run).digest} == {1}
     seen(
         f"weight 0 from round 2 on ({records[1]['left_out'][UNLUCKY]}); lineage names round 1 only"
     )

@@ -10,6 +10,7 @@ import json
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_a_client_refuses_an_expired_server(world: World, seen: Seen) -> None:
     past = clock(world.folder, -95 * DAY)
     assert world.done("server", "renew", "--folder", str(world.fed), **past).returncode == 0
     world.serve(**past)
-    client = site.start(until_="has expired or is not yet valid", within_s=60)
+    client = site.start(until_="has expired or is not yet valid", within_s=120)
     assert "Connected" not in client.said
     assert world.server is not None
     assert world.server.term() == 0
@@ -92,9 +93,9 @@ def test_an_expired_or_revoked_client_is_refused(world: World, seen: Seen) -> No
     assert gone.process.ended(30) == 5
     assert "revoked" in gone.process.said
     again = gone.start(until_="")
-    assert again.ended(60) == 5
+    assert again.ended(90) == 5
     late = old.start(until_="", **clock(world.folder, 91 * DAY))
-    assert late.ended(60) == 5
+    assert late.ended(90) == 5
     assert "certificate has expired" in late.said
     seen(
         "revoked: ended by itself with exit 5, and at every start; expired: exit 5, says what to do"
@@ -107,7 +108,7 @@ def test_a_wrong_clock_is_named(world: World, seen: Seen) -> None:
     world.serve()
     site = world.join("north")
     ahead = clock(world.folder, 600)
-    client = site.start(until_="clock skew", within_s=60, **ahead)
+    client = site.start(until_="clock skew", within_s=120, **ahead)
     assert "10 minutes ahead" in client.said
     assert "Connected" not in client.said
     Path(ahead["clock"]).write_text("0")
@@ -115,7 +116,7 @@ def test_a_wrong_clock_is_named(world: World, seen: Seen) -> None:
     seen("says clock skew, 10 minutes ahead, and connects once the clock is right")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 @pytest.mark.case(
     32, "coordinator's and a hospital's clocks stepped back by 30 min in round 1 of 3"
 )
@@ -128,17 +129,17 @@ def test_deadlines_do_not_follow_the_wall_clock(
         study={"rounds": 3}, server=moved, spoils={"south": {**moved, **trainer}, "north": moved}
     )
     warm = world.run()
-    assert world.over(warm).state == "done"
-    fate.write_text(json.dumps({"at": "train", "do": "sleep", "seconds": 12}))
-    run = world.run(deadline=5)
-    until(lambda: not fate.exists(), 60, "the training")
+    world.ends(warm)
+    fate.write_text(json.dumps({"at": "train", "do": "sleep", "seconds": 30}))
+    run = world.run(deadline=10)
+    until(lambda: not fate.exists(), 120, "the training")
     Path(moved["clock"]).write_text("-1800")
-    assert world.over(run, 120).state == "done"
+    world.ends(run, 120)
     records = world.rounds(run)
     assert records[0]["left_out"] == {"south": "late"}
-    assert 4 < records[0]["seconds"] < 12
+    assert 9 < records[0]["seconds"] < 25
     assert any(r["left_out"] == {} for r in records[1:])
-    seen(f"round 1 over after {records[0]['seconds']:.1f} s (deadline 5 s); the run went on")
+    seen(f"round 1 over after {records[0]['seconds']:.1f} s (deadline 10 s); the run went on")
 
 
 @pytest.mark.case(35, "`start --insecure` on both sides, settings, and plain TCP to the port")
@@ -159,21 +160,16 @@ def test_there_is_no_way_without_tls(world: World, seen: Seen) -> None:
     with socket.create_connection(("127.0.0.1", world.port), timeout=10) as line:
         line.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9))
         line.settimeout(20)
-        assert line.recv(100) == b"" or b"HTTP" not in line.recv(100)
-    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", world.port)) as line:
-        bare = ssl.create_default_context()
-        bare.check_hostname, bare.verify_mode = False, ssl.CERT_NONE
-        line.settimeout(20)
-        with bare.wrap_socket(line) as tls:
-            tls.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9))
-            if not tls.recv(100):
-                raise ConnectionResetError
+        assert b"HTTP" not in line.recv(100)
+    assert without_certificate(world.port) == b""
     seen(
         "the option does not exist (exit 2), no setting of that kind (exit 2), plain HTTP/2 and "
         "TLS without a certificate get no answer"
     )
 
 
+@pytest.mark.campaign
+@pytest.mark.timeout(600)
 @pytest.mark.case(
     36, "site.toml, keys, approvals, studies, server.toml: empty, and writable by all"
 )
@@ -201,16 +197,27 @@ def test_files_that_others_can_write_stop_the_start(
     seen(f"{tried} files, each empty and each with mode 0666: exit 2 or 7, the file is named")
 
 
+def without_certificate(port: int) -> bytes:
+    """What a TLS client that shows nothing gets to hear of HTTP/2."""
+    bare = ssl.create_default_context()
+    bare.check_hostname, bare.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as line, suppress(OSError):
+        with bare.wrap_socket(line) as tls:
+            tls.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9))
+            return tls.recv(100)
+    return b""
+
+
 def refused_start(start: Callable[..., Any], file: Path) -> None:
     """Empty, then open to all: the command ends and names the file."""
     content, mode = file.read_bytes(), file.stat().st_mode & 0o777
     file.write_bytes(b"")
     process = start(until_="")
-    assert process.ended(60) in (2, 7), f"{file.name} empty: {process.said}"
+    assert process.ended(90) in (2, 7), f"{file.name} empty: {process.said}"
     assert file.name in process.said, process.said
     file.write_bytes(content)
     file.chmod(0o666)
     process = start(until_="")
-    assert process.ended(60) in (2, 7), f"{file.name} 0666: {process.said}"
+    assert process.ended(90) in (2, 7), f"{file.name} 0666: {process.said}"
     assert file.name in process.said, process.said
     file.chmod(mode)

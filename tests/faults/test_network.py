@@ -1,4 +1,4 @@
-"""Cases 6 to 11, 29 and 30: what can happen on the way between a hospital and the coordinator.
+"""Cases 6 to 8, 10, 11, 29 and 30: what can happen between a hospital and the coordinator.
 
 Two hospitals, each behind its own chaos proxy; the coordinator can be told to answer nonsense.
 """
@@ -34,7 +34,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     )
     made.canary = canary  # type: ignore[attr-defined]
     made.clean = made.run()  # type: ignore[attr-defined]
-    assert made.over(made.clean).state == "done"  # type: ignore[attr-defined]
+    made.ends(made.clean)  # type: ignore[attr-defined]
     yield made
     canary.close()
     made.close()
@@ -42,8 +42,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def whole(world: World, run: str) -> None:
     """Everybody was in every round, and the model is the one of a run without faults."""
-    over = world.over(run, 150)
-    assert over.state == "done", over
+    world.ends(run, 150)
     assert world.left_out(run) == [{}] * 5
     assert same(world.model(run), world.model(world.clean))  # type: ignore[attr-defined]
 
@@ -71,14 +70,13 @@ def test_a_locked_database_is_waited_for(shared: World, seen: Seen) -> None:
         lock.execute("BEGIN EXCLUSIVE")
         time.sleep(8)
         lock.execute("ROLLBACK")
-    over = shared.over(run, 150)
-    assert over.state == "done", over
+    shared.ends(run, 150)
     assert shared.left_out(run) == [{}] * 5
     assert same(shared.model(run), shared.model(shared.clean))  # type: ignore[attr-defined]
     seen(f"both in all rounds, same model bit by bit; {seconds(since)} from the lock to the end")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 @pytest.mark.case(7, "every answer to a node is 200 with bytes that are no protobuf, for 3 s")
 def test_garbage_does_not_leave_a_zombie(shared: World, seen: Seen) -> None:
     assert shared.server is not None
@@ -121,26 +119,25 @@ def test_nobody_is_led_elsewhere(shared: World, seen: Seen) -> None:
 @pytest.mark.case(10, "open connections whose bytes go nowhere, deadline 6 s")
 def test_a_half_open_line_costs_the_deadline(shared: World, seen: Seen) -> None:
     proxy = shared.sites[CUT].proxy
-    shared.publish("hole", rounds=2, min_sites=1)
+    shared.publish("hole", rounds=6, min_sites=1)
     for site in shared.sites.values():
         site.approve("hole")
-    run = shared.run("hole", deadline=60)
-    assert shared.over(run).state == "done"
-    run = shared.run("hole", deadline=6, seed=8)
-    shared.reached(run, 0)
+    run = shared.run("hole", deadline=6)
+    shared.reached(run, 1)
     proxy.black_hole()
-    over = shared.over(run, 120)
+    try:
+        shared.ends(run)
+    finally:
+        proxy.mend()
     records = shared.rounds(run)
-    proxy.mend()
-    assert all(r["seconds"] < 20 for r in records)
-    assert over.state in ("done", "failed")
-    late = [r["left_out"].get(CUT) for r in records if CUT in r["left_out"]]
-    assert late or over.state == "failed"
+    late = [r["left_out"][CUT] for r in records if CUT in r["left_out"]]
+    assert late
+    assert all(r["seconds"] < 20 for r in records[1:])
     since = time.monotonic()
     whole(shared, shared.run(deadline=100))
     seen(
         f"left out as {late}, no exchange longer than "
-        f"{max((r['seconds'] for r in records), default=0):.1f} s; after the mend both counted in "
+        f"{max(r['seconds'] for r in records[1:]):.1f} s; after the mend both counted in "
         f"a run of {seconds(since)}"
     )
 
@@ -201,36 +198,6 @@ def test_a_slow_line_is_waited_for(shared: World, seen: Seen) -> None:
         f"both counted; {(proxy.passed_up - before) / 1000:.0f} kB went up, rounds of "
         + ", ".join(f"{r['seconds']:.0f}" for r in records[:2])
         + " s"
-    )
-
-
-@pytest.mark.campaign
-@pytest.mark.timeout(900)
-@pytest.mark.case(9, "connections reset and refused for 360 s, deadline 15 s")
-def test_a_long_cut_costs_its_rounds_and_the_hospital_comes_back(shared: World, seen: Seen) -> None:
-    proxy = shared.sites[CUT].proxy
-    shared.publish("long", rounds=8, min_sites=1, steps=8)
-    for site in shared.sites.values():
-        site.approve("long")
-    run = shared.run("long", deadline=15)
-    shared.reached(run, 1)
-    since = time.monotonic()
-    proxy.cut()
-    over = shared.over(run, 200)
-    records = shared.rounds(run)
-    time.sleep(max(0.0, 360 - (time.monotonic() - since)))
-    proxy.mend()
-    back = time.monotonic()
-    assert over.state == "done", over
-    missing = [r["left_out"][CUT] for r in records if CUT in r["left_out"]]
-    assert missing
-    assert all([s["name"] for s in r["sites"]] == ["north"] for r in records if r["left_out"])
-    assert "not connected" in str(missing) or "late" in str(missing)
-    whole(shared, shared.run(deadline=100))
-    seen(
-        f"left out of {len(missing)} exchanges ({missing[0]}), none longer than "
-        f"{max(r['seconds'] for r in records):.0f} s; 360 s later counted again in a run of "
-        f"{seconds(back)}"
     )
 
 

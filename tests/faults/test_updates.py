@@ -89,8 +89,7 @@ def lied(shared: World) -> Lied:
     run = shared.run()
     shared.reached(run, 1)  # by now the coordinator has imported what a run needs
     before = sum(peak(pid) for pid in pids)
-    over = shared.over(run, 270)
-    assert over.state == "done", over
+    shared.ends(run, 270)
     grown = sum(peak(pid) for pid in pids) - before
     logs = shared.server.said + json.dumps(shared.audit())
     return Lied(run, {r["round"]: r for r in shared.rounds(run)}, logs, canary, grown)
@@ -175,10 +174,10 @@ def test_one_in_five_that_turns_its_updates_round_is_stood(
         spoils={LIAR: {"trainer": {"update": str(plan)}}},
     )
     clean = world.run(deadline=120)
-    assert world.over(clean, 300).state == "done"
+    world.ends(clean, 300)
     plan.write_text(json.dumps({str(r): {"how": "flip"} for r in range(1, 9)}))
     flipped = world.run(deadline=120)
-    assert world.over(flipped, 300).state == "done"
+    world.ends(flipped, 300)
     scores = [world.rounds(r)[-1]["metrics"]["auroc"] for r in (clean, flipped)]
     assert world.left_out(flipped) == [{}] * 9
     assert not same(world.model(clean), world.model(flipped))

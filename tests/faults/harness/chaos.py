@@ -30,18 +30,59 @@ class Faults:
     cut_after: int | None = None
 
 
-class Chaos:
-    """Listens on a free port, or on `port`, and leads to `target` (host:port, changeable)."""
+class _Line:
+    """One connection's two ends. Closed once both directions have ended, and by one thread: another
+    would close whatever has got the number meanwhile."""
 
-    def __init__(self, target: str, port: int = 0) -> None:
+    def __init__(self, end: socket.socket, out: socket.socket) -> None:
+        self.ends = end, out
+        self.over = False
+        self.passed_up = 0
+        self._directions = 2
+        self._lock = threading.Lock()
+
+    def break_off(self) -> None:
+        """End both directions, without the goodbye of TCP."""
+        with self._lock:
+            self._break_off()
+
+    def leave(self) -> None:
+        """One direction has ended."""
+        with self._lock:
+            self._break_off()
+            self._directions -= 1
+            if not self._directions:
+                for end in self.ends:
+                    end.close()
+
+    def half_close(self) -> None:
+        """Say goodbye to the target, and hear it on."""
+        with self._lock, suppress(OSError):
+            if not self.over:
+                self.ends[1].shutdown(socket.SHUT_WR)
+
+    def _break_off(self) -> None:
+        if not self.over:
+            self.over = True
+            for end in self.ends:
+                with suppress(OSError):
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    end.shutdown(socket.SHUT_RDWR)
+
+
+class Chaos:
+    """Listens on a free port and leads to `target` (host:port, changeable)."""
+
+    def __init__(self, target: str) -> None:
         self.target = target
         self.faults = Faults()
         self.passed_up = self.passed_down = self.connections = 0
-        self._open: list[tuple[socket.socket, socket.socket]] = []
-        self._lock = threading.Lock()
-        self._listener = socket.create_server(("127.0.0.1", port), backlog=64)
+        self._lines: list[_Line] = []
+        self._stopped = False
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
 
     def cut(self) -> None:
         """Reset every connection and refuse new ones."""
@@ -68,83 +109,73 @@ class Chaos:
             self.reset()
 
     def reset(self) -> None:
-        """End every connection, without the goodbye of TCP."""
-        with self._lock:
-            pairs, self._open = self._open, []
-        for pair in pairs:
-            for end in pair:
-                _reset(end)
+        """End every connection."""
+        lines, self._lines = self._lines, []
+        for line in lines:
+            line.break_off()
 
     def half_close(self) -> None:
         """Tell the coordinator that the hospital has no more to say, and leave the rest open."""
-        with self._lock:
-            pairs = list(self._open)
-        for _, out in pairs:
-            with suppress(OSError):
-                out.shutdown(socket.SHUT_WR)
+        for line in list(self._lines):
+            line.half_close()
 
     def stop(self) -> None:
         """End."""
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self._stopped = True
         self.reset()
+        # Wakes the thread that waits there; the listener is its own to close.
+        with suppress(OSError):
+            host, port = self.address.split(":")
+            socket.create_connection((host, int(port)), timeout=1).close()
+        self._thread.join(5)
 
     def _accept(self) -> None:
-        while True:
-            try:
+        with self._listener:
+            while not self._stopped:
                 end, _ = self._listener.accept()
-            except OSError:
-                return
-            self.connections += 1
-            if self.faults.refuse:
-                _reset(end)
-                continue
-            host, port = self.target.rsplit(":", 1)
-            try:
-                out = socket.create_connection((host, int(port)), timeout=5)
-            except OSError:
-                _reset(end)
-                continue
-            out.settimeout(None)
-            with self._lock:
-                self._open.append((end, out))
-            for source, sink, up in ((end, out, True), (out, end, False)):
-                threading.Thread(target=self._pump, args=(source, sink, up), daemon=True).start()
+                self.connections += 1
+                self._lead(end)
 
-    def _pump(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
-        passed = 0
+    def _lead(self, end: socket.socket) -> None:
+        host, port = self.target.rsplit(":", 1)
         try:
-            while piece := source.recv(_PIECE if not up else self._piece()):
-                while self.faults.hole:
-                    time.sleep(0.05)
-                    if source.fileno() < 0:
-                        return
-                faults = self.faults
-                time.sleep(faults.delay_s)
-                if up and faults.up_bytes_s:
-                    time.sleep(len(piece) / faults.up_bytes_s)
+            if self.faults.refuse or self._stopped:
+                raise ConnectionRefusedError
+            out = socket.create_connection((host, int(port)), timeout=5)
+        except OSError:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            end.close()
+            return
+        out.settimeout(None)
+        line = _Line(end, out)
+        self._lines.append(line)
+        for up in (True, False):
+            threading.Thread(target=self._pump, args=(line, up), daemon=True).start()
+
+    def _pump(self, line: _Line, up: bool) -> None:
+        source, sink = line.ends if up else line.ends[::-1]
+        try:
+            while (piece := source.recv(self._piece(up))) and self._passed(line, piece, up):
                 sink.sendall(piece)
-                passed += len(piece)
-                if up:
-                    self.passed_up += len(piece)
-                    if faults.cut_after is not None and passed >= faults.cut_after:
-                        break
-                else:
-                    self.passed_down += len(piece)
         except OSError:
             pass
-        for end in (source, sink):
-            _reset(end)
+        line.leave()
 
-    def _piece(self) -> int:
-        rate = self.faults.up_bytes_s
+    def _passed(self, line: _Line, piece: bytes, up: bool) -> bool:
+        """Wait as the faults say; False where the connection is to end before this piece."""
+        while self.faults.hole and not line.over:
+            time.sleep(0.05)
+        faults = self.faults
+        time.sleep(faults.delay_s)
+        if not up:
+            self.passed_down += len(piece)
+            return not line.over
+        if faults.up_bytes_s:
+            time.sleep(len(piece) / faults.up_bytes_s)
+        self.passed_up += len(piece)
+        line.passed_up += len(piece)
+        return not line.over and (faults.cut_after is None or line.passed_up <= faults.cut_after)
+
+    def _piece(self, up: bool) -> int:
+        rate = self.faults.up_bytes_s if up else None
         return _PIECE if rate is None else max(1, min(_PIECE, int(rate / 10)))
-
-
-def _reset(end: socket.socket) -> None:
-    with suppress(OSError):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        end.shutdown(socket.SHUT_RDWR)
-    with suppress(OSError):
-        end.close()

@@ -60,7 +60,7 @@ class Started:
     def said(self) -> str:
         return "".join(self.lines)
 
-    def wait_for(self, text: str, within_s: float = 60.0, since: int = 0) -> int:
+    def wait_for(self, text: str, within_s: float = 120.0, since: int = 0) -> int:
         """Until a line from number `since` on holds `text`; returns the next line's number."""
         end = time.monotonic() + within_s
         while True:
@@ -74,7 +74,7 @@ class Started:
             assert time.monotonic() < end, f"{text!r} was not said in {within_s:g} s:\n{self.said}"
             time.sleep(0.05)
 
-    def ended(self, within_s: float = 30.0) -> int:
+    def ended(self, within_s: float = 60.0) -> int:
         """The exit code."""
         try:
             code = self.popen.wait(within_s)

@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +47,18 @@ def trainer(spoils: dict[str, Any]) -> None:
 
 
 def garbage(file: str) -> None:
-    """While the file exists: answers to the hospitals' nodes are 200 and no protobuf at all."""
+    """While the file exists: hospitals' nodes hear 200 and no protobuf at all."""
     from medfl.common.tunnel import Answer
     from medfl.server.tunnel import Gate
 
-    true = Gate._pass
+    true = Gate.answer
 
-    def spoilt(self: Any, guest: Any, call: Any, body: bytes) -> Answer:
-        answer = true(self, guest, call, body)
-        if Path(file).exists() and "heartbeat" not in call.path:
-            return replace(answer, body=b"\xff\xfe this is no protobuf \x00\x01" * 3)
-        return answer
+    def spoilt(self: Any, site: str, call: Any, *more: Any) -> Answer:
+        if Path(file).exists():
+            return Answer(200, {"content-type": "application/protobuf"}, b"\xff\xfe nothing" * 3)
+        return true(self, site, call, *more)
 
-    Gate._pass = spoilt
+    Gate.answer = spoilt
 
 
 def redirect(about: dict[str, str]) -> None:
@@ -76,6 +74,20 @@ def redirect(about: dict[str, str]) -> None:
         return true(self, site, call, *more)
 
     Gate.answer = spoilt
+
+
+def die(about: dict[str, Any]) -> None:
+    """The coordinator is killed, once, in round about["round"] at about["at"], of `deaths.py`."""
+    from harness.deaths import DEATHS
+
+    def now() -> None:
+        try:
+            Path(about["once"]).touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    DEATHS[about["at"]](about["round"], now)
 
 
 # A hospital's trainer ---------------------------------------------------------------------------

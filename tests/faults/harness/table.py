@@ -44,8 +44,8 @@ def note(told: list[Told], report: pytest.TestReport) -> None:
             setattr(found, name, str(value))
 
 
-def write(told: Sequence[Told], path: Path) -> None:
-    """The whole table."""
+def write(told: Sequence[Told], path: Path) -> bool:
+    """The whole table; False where a case was not run at all."""
     lines = [
         "# The fault campaign: what was done, what was seen",
         "",
@@ -62,6 +62,7 @@ def write(told: Sequence[Told], path: Path) -> None:
     ]
     lines += [_row(number, told) for number in CASES]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return not any("**not run**" in line for line in lines)
 
 
 def _row(number: int, told: Sequence[Told]) -> str:

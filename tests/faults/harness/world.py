@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class Site:
         signed = self.done("approve", study, "--yes", "--days", str(days), *self.options)
         assert signed.returncode == 0, signed.stdout + signed.stderr
 
-    def start(self, *, until_: str = "Connected", within_s: float = 90, **spoils: Any) -> Started:
+    def start(self, *, until_: str = "Connected", within_s: float = 150, **spoils: Any) -> Started:
         """medfl-client start; `spoils` break it as `spoiled.py` says."""
         self.process = self.world.start("client", "start", *self.options, **spoils)
         if until_:
@@ -164,7 +164,7 @@ class World:
     # Commands -----------------------------------------------------------------------------------
 
     def done(
-        self, module: str, *argv: str, within_s: float = 90, **spoils: Any
+        self, module: str, *argv: str, within_s: float = 150, **spoils: Any
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end, which comes in time and with a documented code."""
         over = subprocess.run(
@@ -206,10 +206,10 @@ class World:
         argv = ("start", "--folder", str(self.fed), "--verbose")
         self.server = self.start("server", *argv, **spoils)
         if until_:
-            self.server.wait_for(until_, 90)
+            self.server.wait_for(until_, 150)
         return self.server
 
-    def connected(self, *names: str, since: int = 0, within_s: float = 90) -> None:
+    def connected(self, *names: str, since: int = 0, within_s: float = 150) -> None:
         """Until these hospitals' nodes have arrived at the coordinator."""
         assert self.server is not None
         for name in names:
@@ -244,9 +244,9 @@ class World:
 
     def rounds(self, run: str) -> list[dict[str, Any]]:
         """Progress so far, one record a round."""
-        return list(runs.progress(self.federation, run))
+        return [asdict(record) for record in runs.progress(self.federation, run)]
 
-    def reached(self, run: str, round_: int, within_s: float = 60) -> None:
+    def reached(self, run: str, round_: int, within_s: float = 150) -> None:
         """Until the round is over."""
 
         def there() -> bool:
@@ -256,7 +256,7 @@ class World:
 
         until(there, within_s, f"round {round_}")
 
-    def over(self, run: str, within_s: float = 120) -> Run:
+    def over(self, run: str, within_s: float = 200) -> Run:
         """Until the run has ended, in whatever way."""
 
         def ended() -> Run | None:
@@ -265,6 +265,13 @@ class World:
 
         found: Run = until(ended, within_s, "the run's end")
         return found
+
+    def ends(self, run: str, within_s: float = 200, state: str = "done") -> Run:
+        """The run, which ends like this; else what the coordinator said of it."""
+        over = self.over(run, within_s)
+        said = "" if self.server is None else self.server.said[-4000:]
+        assert over.state == state, f"{over}\n{said}"
+        return over
 
     def left_out(self, run: str) -> list[dict[str, str]]:
         """Who was left out and why, by round."""
@@ -298,7 +305,7 @@ class World:
             until(lambda: not zombies(self.mark), 5)
         assert zombies(self.mark) == []
 
-    def close(self, within_s: float = 40) -> None:
+    def close(self, within_s: float = 60) -> None:
         """End all; each ends in time with a documented code, and nothing is left behind."""
         try:
             self.check()
