@@ -43,13 +43,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         table.note(_told, report)
         if report.when == "teardown":
             # After each test: a campaign that is broken off leaves what it has seen.
-            table.write(_told, Path(place))
+            table.write(_told, Path(place), whole=False)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     place = os.environ.get("MEDFL_FAULTS_TABLE")
     if place and not hasattr(session.config, "workerinput"):
-        if not table.write(_told, Path(place)):
+        ended = not (session.shouldstop or session.shouldfail)
+        if not table.write(_told, Path(place), whole=ended):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -18,7 +18,7 @@ class Told:
     """What one test reported over its phases."""
 
     node: str
-    outcome: str = "passed"
+    outcome: str = "begun"
     seconds: float = 0.0
     case: int | None = None
     did: str = ""
@@ -33,8 +33,8 @@ def note(told: list[Told], report: pytest.TestReport) -> None:
         found = Told(report.nodeid)
         told.append(found)
     found.seconds += report.duration
-    if report.outcome != "passed" and found.outcome != "failed":
-        found.outcome = report.outcome
+    if report.outcome != "passed" or (report.when == "call" and found.outcome == "begun"):
+        found.outcome = "failed" if found.outcome == "failed" else report.outcome
     seen = [str(value) for name, value in report.user_properties if name == "seen"]
     found.seen = seen or found.seen
     for name, value in report.user_properties:
@@ -44,8 +44,8 @@ def note(told: list[Told], report: pytest.TestReport) -> None:
             setattr(found, name, str(value))
 
 
-def write(told: Sequence[Told], path: Path) -> bool:
-    """The whole table; False where a case was not run at all."""
+def write(told: Sequence[Told], path: Path, *, whole: bool = True) -> bool:
+    """The table; False where a case was not run at all. whole: the campaign has come to its end."""
     lines = [
         "# The fault campaign: what was done, what was seen",
         "",
@@ -56,6 +56,7 @@ def write(told: Sequence[Told], path: Path) -> bool:
         "",
         f"{time.strftime('%Y-%m-%d', time.gmtime())}, Linux {platform.machine()}, Python "
         f"{platform.python_version()}. {_sum(told)}",
+        *([] if whole else ["", "**Broken off**: a case may lack some of its tests."]),
         "",
         "| case | written as | done | seen | verdict |",
         "|---|---|---|---|---|",
@@ -81,7 +82,7 @@ def _row(number: int, told: Sequence[Told]) -> str:
 
 def verdict(own: Sequence[Told], others: Sequence[Told]) -> str:
     """From the outcomes alone."""
-    outcomes = [t.outcome for t in (*own, *others)]
+    outcomes = [t.outcome for t in (*own, *others) if t.outcome != "begun"]
     if not outcomes:
         return "**not run**"
     if "failed" in outcomes:
