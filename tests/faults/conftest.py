@@ -39,7 +39,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if place := os.environ.get("MEDFL_FAULTS_TABLE"):
+    place = os.environ.get("MEDFL_FAULTS_TABLE")
+    # A worker's reports reach the one who wrote the table's name; it must not write its own share.
+    if place and not os.environ.get("PYTEST_XDIST_WORKER"):
         table.note(_told, report)
         if report.when == "teardown":
             # After each test: a campaign that is broken off leaves what it has seen.
