@@ -28,8 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.path.is_relative_to(HERE) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(600))
         for mark in item.iter_markers("case"):
-            item.user_properties.append(("case", mark.args[0]))
-            item.user_properties.append(("did", mark.args[1]))
+            item.user_properties.append((f"case {mark.args[0]}", mark.args[1]))
             item.user_properties.append(("short", mark.kwargs.get("short", "")))
         out = item.get_closest_marker("campaign") is not None and not whole
         (left if out else chosen).append(item)

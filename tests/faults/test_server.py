@@ -38,7 +38,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def served(world: World, **spoils: Any) -> None:
     """The server runs with these spoils; the hospitals come back by themselves (min_sites is 2)."""
     if world.server is not None and world.server.popen.poll() is None:
-        assert world.server.term(40) == 0
+        assert world.server.term(120) == 0
     world.serve(**spoils)
 
 

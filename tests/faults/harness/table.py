@@ -20,8 +20,7 @@ class Told:
     node: str
     outcome: str = "begun"
     seconds: float = 0.0
-    case: int | None = None
-    did: str = ""
+    did: dict[int, str] = field(default_factory=dict)
     short: str = ""
     seen: list[str] = field(default_factory=list)
 
@@ -38,10 +37,10 @@ def note(told: list[Told], report: pytest.TestReport) -> None:
     seen = [str(value) for name, value in report.user_properties if name == "seen"]
     found.seen = seen or found.seen
     for name, value in report.user_properties:
-        if name == "case":
-            found.case = int(str(value))
-        elif name in ("did", "short"):
-            setattr(found, name, str(value))
+        if name.startswith("case "):
+            found.did[int(name.removeprefix("case "))] = str(value)
+        elif name == "short" and value:
+            found.short = str(value)
 
 
 def write(told: Sequence[Told], path: Path, *, whole: bool = True) -> bool:
@@ -67,9 +66,9 @@ def write(told: Sequence[Told], path: Path, *, whole: bool = True) -> bool:
 
 
 def _row(number: int, told: Sequence[Told]) -> str:
-    own = [t for t in told if t.case == number]
+    own = [t for t in told if number in t.did]
     others = [t for t in told for prefix in EXISTING.get(number, ()) if t.node.startswith(prefix)]
-    did = [t.did for t in own if t.did]
+    did = [t.did[number] for t in own]
     seen = [text for t in own for text in t.seen]
     for prefix in EXISTING.get(number, ()):
         mine = [t for t in others if t.node.startswith(prefix)]
@@ -101,7 +100,7 @@ def _cell(texts: object) -> str:
 def _sum(told: Sequence[Told]) -> str:
     ended = [
         verdict(
-            [t for t in told if t.case == n],
+            [t for t in told if n in t.did],
             [t for t in told for p in EXISTING.get(n, ()) if t.node.startswith(p)],
         )
         for n in CASES
