@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
+LINT_READY := $(VENV)/.ready-lint
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 # pytest: one process a core pays only where a core has about 2 GB of memory.
@@ -13,7 +14,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-federation test fast faults lint format types check bench lock clean
+.PHONY: help setup demo demo-federation test fast faults soak lint lint-deploy format types check bench lock clean
 
 help: ## this list
 	@echo 'medfl: federated learning that hospitals run'
@@ -37,9 +38,15 @@ faults: $(DEV_READY) ## every case of the fault campaign; writes tests/faults/RE
 	MEDFL_FAULTS=1 MEDFL_FAULTS_TABLE=tests/faults/RESULTS.md OMP_NUM_THREADS=1 \
 	    $(PYTEST) tests/faults $$($(BIN)/python tests/faults/harness/cases.py)
 
+soak: $(DEV_READY) ## 300 rounds under faults thrown at random; writes tests/faults/SOAK.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/soak.py --out tests/faults/SOAK.md
+
 lint: $(DEV_READY) ## ruff: faults and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-deploy: $(LINT_READY) ## units, image, compose file, chart and proxy in deploy/ (Debian's tools)
+	deploy/lint.sh $(BIN)/python
 
 format: $(DEV_READY) ## let ruff mend format and simple faults
 	$(BIN)/ruff check --fix .
@@ -89,4 +96,9 @@ $(RUN_READY): requirements.lock pyproject.toml deploy/install-torch.sh | $(BIN)/
 $(DEV_READY): requirements-dev.lock $(RUN_READY)
 	@echo 'installing the packages of requirements-dev.lock'
 	@$(PIP) -r requirements-dev.lock
+	@touch $@
+
+$(LINT_READY): deploy/requirements-lint.lock $(DEV_READY)
+	@echo 'installing the packages of deploy/requirements-lint.lock'
+	@$(PIP) -r deploy/requirements-lint.lock
 	@touch $@

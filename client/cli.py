@@ -11,11 +11,13 @@ import typer
 from medfl.client.cli_check import check
 from medfl.client.cli_defaults import defaults
 from medfl.client.cli_federation import add_federation_commands
+from medfl.client.cli_operation import add_operation_commands
 from medfl.common import cli
 
 app = cli.new_app()
 add_federation_commands(app)
 app.command()(check)
+add_operation_commands(app)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,6 +26,8 @@ def defaults(command: click.Command) -> dict[str, Any]:
     from medfl.client.settings import load_client_settings
 
     said = load_client_settings(found)
+    if said.proxy is not None and not {"https_proxy", "http_proxy"} & set(os.environ):
+        os.environ.setdefault("grpc_proxy", said.proxy)
     values: dict[str, Any] = {"days": said.days}
     for key, path in (("state", said.state), ("site", said.site)):
         values[key] = None if path is None else str(found.parent / path.expanduser())
@@ -36,7 +38,9 @@ def _file() -> Path | None:
     named = os.environ.get(VARIABLE)
     if named:
         return Path(named)
-    return next((p for p in (Path(place).expanduser() for place in PLACES) if p.exists()), None)
+    # os.path, because Path.exists raises where HOME is another user's, as it is after `setpriv`.
+    places = (os.path.expanduser(place) for place in PLACES)
+    return next((Path(p) for p in places if os.path.exists(p)), None)
 
 
 def _for(command: click.Command, values: dict[str, Any]) -> dict[str, Any]:

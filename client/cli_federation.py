@@ -219,7 +219,7 @@ def status(state: State = HOME, as_json: AsJson = False) -> None:
 
     Example: medfl-client status --json
     """
-    from medfl.client import consent
+    from medfl.client import consent, hatch
     from medfl.client.enrolment import ending
     from medfl.client.service import Status
     from medfl.common import certificates
@@ -227,7 +227,10 @@ def status(state: State = HOME, as_json: AsJson = False) -> None:
 
     home = _home(state)
     enrolment = home.enrolment()
-    days = (certificates.ends_at(home.identity()[1]) - home.clock()) / DAY_S
+    days, holds = None, "The certificate is the network side's (medfl-client line)."
+    if not hatch.is_hatch(enrolment.address):
+        days = round((certificates.ends_at(home.identity()[1]) - home.clock()) / DAY_S, 1)
+        holds = f"The certificate lasts {days:.0f} days; it renews itself while the client runs."
     said = load_record(home.folder / "status.json", Status)
     running = _running(home)
     now = said.state if said is not None and running else "not running"
@@ -237,13 +240,13 @@ def status(state: State = HOME, as_json: AsJson = False) -> None:
         "federation": enrolment.federation,
         "address": enrolment.address,
         "client": now,
-        "certificate_days": round(days, 1),
+        "certificate_days": days,
         "studies": verdicts,
     }
     lines = [
         f"{enrolment.site} in {enrolment.federation} ({enrolment.address}): {now}.",
-        f"The certificate lasts {days:.0f} days; it renews itself while the client runs.",
-        *ending(home),
+        holds,
+        *([] if days is None else ending(home)),
         *(f"{name}: {verdict}" for name, verdict in verdicts.items()),
         "Next: medfl-client studies" if running else "Next: medfl-client start",
     ]

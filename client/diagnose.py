@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medfl import __version__
-from medfl.client import consent, enrolment, witness
+from medfl.client import consent, enrolment, hatch, witness
 from medfl.client.coordinator import skew_warning
 from medfl.client.machine import existing
 from medfl.client.premises import Home
@@ -57,14 +57,18 @@ def _version(name: str) -> str:
 
 
 def _enrolment(home: Home) -> dict[str, Any]:
-    known, shown = home.enrolment(), home.identity()[1]
+    known = home.enrolment()
+    divided = hatch.is_hatch(known.address)
+    shown = None if divided else home.identity()[1]
     return {
         "site": known.site,
         "federation": known.federation,
-        "address": known.address,
+        "address": "the network side" if divided else known.address,
         "authority": enrolment.authority_fingerprint(home),
-        "certificate": certificates.digest_of(shown),
-        "certificate_days": round((certificates.ends_at(shown) - home.clock()) / 86400, 1),
+        "divided": divided,
+        "certificate": shown and certificates.digest_of(shown),
+        "certificate_days": shown
+        and round((certificates.ends_at(shown) - home.clock()) / 86400, 1),
         "pinned_sites": sorted(known.sites),
     }
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from medfl.client.coordinator import Line, connected, skew_warning
+from medfl.client.hatch import is_hatch, line_through
 from medfl.client.premises import Enrolment, Home
 from medfl.common import certificates, invitation
 from medfl.common.certificates import Certificate, TlsKey
@@ -78,10 +79,16 @@ def authority_fingerprint(home: Home) -> str:
 def line_to(home: Home, address: str | None = None) -> Iterator[Line]:
     """A line with this site's certificate, which is renewed first where it is due.
 
+    In a divided hospital certificate and line are the network side's.
+
     Raises:
         PolicyRefused: the certificate has expired, or the coordinator refuses it.
     """
     enrolment = home.enrolment()
+    if is_hatch(enrolment.address):
+        with line_through(enrolment.address) as line:
+            yield line
+        return
     renew_if_due(home, address or enrolment.address)
     key, certificate = home.identity()
     with connected(address or enrolment.address, home.authority(), key, certificate) as line:
@@ -93,6 +100,8 @@ def renew_if_due(home: Home, address: str) -> bool:
 
     An unreachable coordinator is no error while the present certificate holds.
     """
+    if is_hatch(address):
+        return False
     key, certificate = home.identity()
     left = certificates.ends_at(certificate) - home.clock()
     if left <= 0:
@@ -113,7 +122,9 @@ def renew_if_due(home: Home, address: str) -> bool:
 
 
 def ending(home: Home) -> list[str]:
-    """What to say of certificates that end within two weeks."""
+    """What to say of certificates that end within two weeks; the network side has its own."""
+    if is_hatch(home.enrolment().address):
+        return []
     said = (
         certificates.ending(
             home.identity()[1],

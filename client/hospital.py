@@ -83,6 +83,11 @@ class Hospital:
         """Folder of what this site keeps between rounds."""
         return self.folder / "state"
 
+    @property
+    def smallest_count(self) -> int:
+        """Fewer cases than this are not spoken of; public data have no such limit."""
+        return 0 if self.simulated else self.policy.smallest_count
+
     @cached_property
     def terms(self) -> budget.Terms | None:
         """The privacy that this site works under, None without it."""
@@ -150,10 +155,11 @@ def _refuse_forbidden(hospital: Hospital, asked: Instruction) -> None:
                 "The coordinator asks for metrics of the training cases, which no noise protects."
             )
     n_cases = len(hospital.cohort.positions("train"))
-    if n_cases < policy.min_cases:
+    fewest = max(policy.min_cases, hospital.smallest_count)
+    if n_cases < fewest:
         raise PolicyRefused(
             f"{n_cases} training cases, and this site's policy asks for at least "
-            f"{policy.min_cases}. Nothing was sent."
+            f"{fewest}. Nothing was sent."
         )
 
 
@@ -233,11 +239,10 @@ _ANSWERS: Mapping[str, Callable[[Hospital, Instruction], Reply]] = {
 def _described(hospital: Hospital) -> Reply:
     """How many cases there are, and how many were left out for which reason; if that is open."""
     reply = Reply(site=hospital.name)
-    return (
-        reply
-        if hospital.terms is not None
-        else replace(reply, **private_site.counted(hospital.cohort))
-    )
+    if hospital.terms is not None:
+        return reply
+    counts = private_site.counted(hospital.cohort, hospital.smallest_count)
+    return replace(reply, **counts)
 
 
 def _with_spent(hospital: Hospital, reply: Reply) -> Reply:
@@ -302,7 +307,8 @@ def _evaluated_part(
     )
     if entry is not None:
         hospital.ledger.settle(entry)
-    return {} if summary is withheld else metrics
+    few = len(hospital.cohort.positions(part)) < hospital.smallest_count
+    return {} if summary is withheld or few else metrics
 
 
 def _received(hospital: Hospital, asked: Instruction, shared: Shared, round_: int) -> nn.Module:

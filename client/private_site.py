@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,11 +59,15 @@ def _key(hospital: Hospital, asked: Instruction, entry: Entry) -> bytes:
     return key_from(asked.seed, "site", hospital.name, "use", entry.number)
 
 
-def counted(cohort: Cohort) -> dict[str, Any]:
-    """Cases by part, and cases left out by reason."""
-    return {
+def counted(cohort: Cohort, smallest: int = 0) -> dict[str, Any]:
+    """Cases by part, and cases left out by reason; numbers below `smallest` stay unsaid."""
+    numbers: dict[str, Mapping[Any, int]] = {
         "counts": {part: len(cohort.positions(part)) for part in PARTS},
-        "left_out": dict(Counter(case.reason for case in cohort.quarantined)),
+        "left_out": Counter(case.reason for case in cohort.quarantined),
+    }
+    return {
+        what: {name: n for name, n in found.items() if n >= smallest}
+        for what, found in numbers.items()
     }
 
 

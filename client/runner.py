@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from medfl.client.flower import Task, Tasks
+from medfl.client.hatch import Trains
 from medfl.client.trainer import frame
 from medfl.client.tunnel import Forwarder
 from medfl.common.bundle import study_bundle
@@ -194,7 +195,7 @@ class Node:
 class Runner:
     """Takes tasks one after another until it is stopped."""
 
-    def __init__(self, site: str, node: Node, trainer: Trainer, mail: threading.Event) -> None:
+    def __init__(self, site: str, node: Node, trainer: Trains, mail: threading.Event) -> None:
         self._site, self._node, self._trainer, self._mail = site, node, trainer, mail
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="runner", daemon=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,15 +20,17 @@ from typing import ClassVar
 from pydantic import ConfigDict
 
 from medfl import __version__
-from medfl.client import consent, enrolment, witness
+from medfl.client import consent, enrolment, hatch, witness
 from medfl.client.coordinator import Line
 from medfl.client.ledger import Ledger
 from medfl.client.premises import Home
 from medfl.common.coordination import Bye, Done, Report
-from medfl.common.errors import FederationError, MedflError, PolicyRefused
+from medfl.common.errors import FederationError, LogRolledBack, MedflError, PolicyRefused
 from medfl.common.kept import save_record
+from medfl.common.notify import tell
 from medfl.common.private_files import only_one
 from medfl.common.site import load_site
+from medfl.common.stopping import set_by_signals
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,9 @@ def serve(
     """
     stopping = stopping or threading.Event()
     session, wait_s = secrets.token_hex(16), _FIRST_WAIT_S
-    with only_one(home.folder / "client.lock", "medfl-client"), _signals(stopping):
+    with only_one(home.folder / "client.lock", "medfl-client"), set_by_signals(stopping):
         home.record("client started")
+        tell("READY=1")
         for text in enrolment.ending(home):
             said(text)
         while not stopping.is_set():
@@ -121,10 +123,14 @@ def _working(home: Home, site_file: Path, line: Line, session: str) -> Iterator[
     from medfl.client.runner import Node, Runner, Trainer
     from medfl.client.tunnel import Forwarder
 
-    forwarder = Forwarder(line.channel, session)
-    node = Node(forwarder, home.folder / "node")
     argument = json.dumps({"state": str(home.folder), "site": str(site_file)})
     trainer = Trainer.for_hospitals(FINDER, argument, home.folder / "trainer.log")
+    if hatch.is_hatch(line.address):
+        with hatch.attached(line.address, trainer, session):
+            yield
+        return
+    forwarder = Forwarder(line.channel, session)
+    node = Node(forwarder, home.folder / "node")
     runner = Runner(home.enrolment().site, node, trainer, forwarder.mail)
     node.start(forwarder.start())
     runner.start()
@@ -153,7 +159,8 @@ def _report(
             line.call("Report", Report(session, "connected"), Done)
             if lost:
                 said("Connected again.")
-                lost = False
+                # Whoever is back may have been put back from a backup: look at its log now.
+                lost, shown = False, -1
             if home.audit.head().n != shown:
                 witness.exchange(home, line, ledger)
                 consent.fetch(home, line)
@@ -170,6 +177,9 @@ def _report(
                 raise
             # The coordinator has restarted and forgotten this session.
             enrolment.greet(home, line, session, __version__)
+            shown = -1  # it may have been put back from a backup: look at its log next time
+        except LogRolledBack:
+            raise  # ends the connection, and with it the work
         except FederationError as error:
             # The tunnel holds the SuperNode's calls until the line is back.
             if not lost:
@@ -179,19 +189,5 @@ def _report(
 
 
 def _note(home: Home, state: str, detail: str = "") -> None:
+    tell(f"STATUS={state}")
     save_record(home.folder / "status.json", Status(home.clock(), state, detail))
-
-
-@contextmanager
-def _signals(stopping: threading.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT ask for the end; only the main thread can listen to them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    both = (signal.SIGTERM, signal.SIGINT)
-    before = {s: signal.signal(s, lambda *_: stopping.set()) for s in both}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from medfl.client.coordinator import Line
 from medfl.client.ledger import Ledger
@@ -10,9 +14,20 @@ from medfl.client.premises import Enrolment, Home
 from medfl.common import heads
 from medfl.common.audit import Head
 from medfl.common.coordination import HeadSeen, ShowHead
-from medfl.common.errors import FederationError, PolicyRefused
+from medfl.common.errors import ConfigError, FederationError, LogRolledBack, PolicyRefused
 from medfl.common.heads import Checked, Witness
 from medfl.common.kept import load_record, save_record
+from medfl.common.signing import public_of
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """A log that had `had` lines and then `has`, or another line there. whose: of, for people."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+    whose: str
+    had: int
+    has: int
 
 
 def exchange(home: Home, line: Line, ledger: Ledger) -> None:
@@ -21,8 +36,10 @@ def exchange(home: Home, line: Line, ledger: Ledger) -> None:
     Raises:
         PolicyRefused: the coordinator knows a longer log or a later ledger of this site, or the
             ledger is not the one that was shown last.
-        FederationError: its answer is not signed by the pinned key, or its log was rolled back.
+        LogRolledBack: one of the logs was put back, now or before, and nobody has accepted it.
+        FederationError: the coordinator's answer is not signed by the pinned key.
     """
+    _refuse(load_record(_noticed(home), RolledBack))
     enrolment, key = home.enrolment(), home.signing_key()
     site, them, now = enrolment.site, f"coordinator:{enrolment.federation}", home.clock()
     last = load_record(home.folder / "coordinator_head.json", Witness)
@@ -36,16 +53,52 @@ def exchange(home: Home, line: Line, ledger: Ledger) -> None:
     answer = line.call("Heads", shown, HeadSeen)
     _check(answer, shown, them, enrolment)
     if last is not None and answer.own.n <= last.n:
-        home.record("log of the coordinator was rolled back", had=last.n, has=answer.own.n)
-        raise FederationError(
-            f"The coordinator's audit log had {last.n} lines and now shows {answer.own.n}. Ask "
-            "the coordinator what happened before you train on."
-        )
+        _notice(home, RolledBack("the coordinator", last.n, answer.own.n))
+    knew = answer.knew
+    if knew is not None and heads.is_witnessed(public_of(key), knew):
+        if home.audit.hash_at(knew.n) != knew.hash:
+            _notice(home, RolledBack("this hospital", knew.n, head.n))
     heads.keep(home.witnesses, answer.seen)
     save_record(home.folder / "coordinator_head.json", answer.own)
     if answer.ledger is not None:
         save_record(home.folder / "ledger_countersigned.json", answer.ledger)
     home.record("head of the coordinator", lines=answer.own.n, hash=answer.own.hash)
+
+
+def accept(home: Home) -> RolledBack:
+    """Go on although a log was put back.
+
+    Raises:
+        ConfigError: none was.
+    """
+    found = load_record(_noticed(home), RolledBack)
+    if found is None:
+        raise ConfigError("No log was put back, as far as is known here; there is nothing to do.")
+    home.record("log that was put back accepted", whose=found.whose, had=found.had, has=found.has)
+    (home.folder / "coordinator_head.json").unlink(missing_ok=True)
+    _noticed(home).unlink()
+    return found
+
+
+def _noticed(home: Home) -> Path:
+    """Stays until somebody accepts: a log that grows again would look as if nothing had been."""
+    return home.folder / "rolled_back.json"
+
+
+def _notice(home: Home, what: RolledBack) -> None:
+    home.record("a log was put back", whose=what.whose, had=what.had, has=what.has)
+    save_record(_noticed(home), what)
+    _refuse(what)
+
+
+def _refuse(found: RolledBack | None) -> None:
+    if found is None:
+        return
+    raise LogRolledBack(
+        f"The audit log of {found.whose} had {found.had} lines and then {found.has}, or another "
+        f"line there: it was put back from a backup, or changed. Nothing goes on until somebody "
+        "has asked why (telephone the coordinator) and says: medfl-client accept-log"
+    )
 
 
 def check(home: Home) -> Checked:

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -86,6 +87,15 @@ class AuditLog:
                 return _write(file, head, "recovered", {"bytes": torn}) if torn else head
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be read ({error.strerror})") from None
+
+    def hash_at(self, n: int) -> str:
+        """The hash that line `n` says it has; "" where there is no such line."""
+        if n < 1 or not self.path.exists():
+            return ""
+        with self.path.open("rb") as file:
+            raw = next(islice(file, n - 1, n), b"")
+        plain = _parsed(raw.removesuffix(b"\n"))
+        return "" if plain is None else str(plain["hash"])
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The lines as they are, without checking the chain; damaged ones are left out."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import click
 import typer
+from typer.core import TyperArgument
+from typer.utils import get_params_from_function
 
 from medfl import __version__
 from medfl.common.errors import Interrupted, MedflError
@@ -54,7 +57,7 @@ def run(
     defaults: what a settings file says, as click's default_map.
     """
     try:
-        command = typer.main.get_command(app)
+        command = _mended(typer.main.get_command(app))
         code = command.main(
             args=None if argv is None else list(argv),
             prog_name=name,
@@ -71,6 +74,38 @@ def run(
     except MedflError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
+
+
+class _Formatter(click.HelpFormatter):
+    """Arguments once, and without typer's backslashes, which are for rich and not used here."""
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        start = len(self.buffer)
+        with super().section(name):
+            yield
+        if name == "Positional arguments":  # click's; typer's come after them
+            del self.buffer[start:]
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], *args: Any, **more: Any) -> None:
+        super().write_dl([(name, text.replace("\\[", "[")) for name, text in rows], *args, **more)
+
+
+class _Context(click.Context):
+    formatter_class = _Formatter
+
+
+def _mended(command: click.Command) -> click.Command:
+    """The command with the help of its arguments, which click 8.5 takes from typer 0.20's."""
+    command.context_class = _Context
+    callback = getattr(command.callback, "__wrapped__", None)
+    known = {} if callback is None else get_params_from_function(callback)
+    for argument in command.params:
+        if isinstance(argument, TyperArgument) and argument.name in known:
+            argument.help = known[argument.name].default.help
+    for inner in getattr(command, "commands", {}).values():
+        _mended(inner)
+    return command
 
 
 def log_to_stderr(verbose: bool) -> None:

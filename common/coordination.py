@@ -153,12 +153,16 @@ class ShowHead:
 
 @dataclass(frozen=True, slots=True)
 class HeadSeen:
-    """own: the coordinator's signed head. seen, ledger: its signatures under the site's."""
+    """own: the coordinator's signed head. seen, ledger: its signatures under the site's.
+
+    knew: the site's head before, as the site signed it: a site whose log was put back sees it here.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     own: Witness
     seen: Witness
     ledger: Witness | None = None
+    knew: Witness | None = None
 
 
 @dataclass(frozen=True, slots=True)

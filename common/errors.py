@@ -10,6 +10,7 @@ MedflError (1)
 ├── FederationError (6)    too few sites answered, or their answers cannot be combined
 │   └── TrainerDied        a hospital's training process ended before it answered
 │   └── TooFewUpdates      one round has too few for its strategy; the round is void, not the run
+│   └── LogRolledBack      an audit log is shorter than it was; a person must say that it may be
 ├── StorageError (7)       the disk is full or a file of ours is damaged
 └── Interrupted (8)        a person stopped the run; what was done is kept
 
@@ -78,6 +79,10 @@ class FederationError(MedflError):
 
 class TooFewUpdates(FederationError):
     """One round has fewer updates than its strategy can do with; the round is void."""
+
+
+class LogRolledBack(FederationError):
+    """An audit log is shorter, or another, than it was; nothing goes on until a person accepts."""
 
 
 class TrainerDied(FederationError):

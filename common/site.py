@@ -20,6 +20,8 @@ class Policy:
     min_cases: fewer training cases than this, and the site takes no part.
     tasks: kinds of task allowed.
     round_metrics_to: decimals of metrics that leave the hospital.
+    smallest_count: a number of cases below this does not leave, nor do metrics of so few; with
+        fewer training cases the site takes no part.
     """
 
     min_cases: Count = 1
@@ -29,6 +31,7 @@ class Policy:
         "risk",
     )
     round_metrics_to: Count = 4
+    smallest_count: Count = 5
 
 
 @written

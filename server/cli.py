@@ -13,6 +13,7 @@ import typer
 
 from medfl.common import cli
 from medfl.server.cli_lineage import plan_without
+from medfl.server.cli_operation import add_operation_commands
 from medfl.server.cli_report import report
 from medfl.server.cli_runs import add_run_commands
 
@@ -144,6 +145,7 @@ def start(
     Example: medfl-server start --folder ~/fed
     """
     cli.log_to_stderr(verbose)
+    from medfl.common.notify import tell
     from medfl.server import authority, service
     from medfl.server.settings import load_settings
 
@@ -157,6 +159,7 @@ def start(
         host = settings.listen.rpartition(":")[0]
         typer.echo(f"{federation.name}: listening on {host}:{port}. Stop with Ctrl-C.")
         typer.echo(f"Next: medfl-server study publish STUDY.toml --folder {folder}")
+        tell("READY=1", f"STATUS=listening on {host}:{port}")
 
     service.serve(federation, settings, ready)
     typer.echo("Stopped; nothing is lost.")
@@ -358,6 +361,7 @@ def _show(plain: Any, lines: list[str], as_json: bool) -> None:
 add_run_commands(app)
 app.command("plan-without")(plan_without)
 app.command()(report)
+add_operation_commands(app)
 
 if __name__ == "__main__":
     raise SystemExit(main())

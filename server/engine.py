@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from medfl.common.allocator import give_back
 from medfl.common.bundle import study_bundle
 from medfl.common.child import Child, Launch
 from medfl.common.errors import FederationError, StorageError
@@ -65,6 +66,7 @@ class Engine:
             FederationError: it does not come up; superlink.log says why.
         """
         os.environ.update(QUIET)
+        give_back()
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.chmod(0o700)
         self._key = _kept_secret(self.folder / "engine.key")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict
 
 from medfl.common import heads
 from medfl.common.audit import Head
 from medfl.common.coordination import HeadSeen, ShowHead
-from medfl.common.errors import PolicyRefused
+from medfl.common.errors import ConfigError, PolicyRefused
 from medfl.common.heads import Checked, Witness
 from medfl.common.kept import load_record, save_record
-from medfl.server.federation import Federation, SiteRecord
+from medfl.server.federation import Federation, SiteRecord, known_name
 
 
 def exchange(federation: Federation, site: SiteRecord, shown: ShowHead) -> HeadSeen:
@@ -25,7 +29,8 @@ def exchange(federation: Federation, site: SiteRecord, shown: ShowHead) -> HeadS
     if ledger is not None:
         _refuse_unsigned(site, ledger, heads.ledger_of(site.name))
     with federation.change():
-        _refuse_rollback(federation, site, own)
+        knew = _last(federation, site, own.of)
+        _refuse_rollback(federation, own, knew)
         _refuse_rolled_ledger(federation, site, ledger)
         if shown.seen is not None:
             _keep(federation, site, shown.seen)
@@ -44,6 +49,7 @@ def exchange(federation: Federation, site: SiteRecord, shown: ShowHead) -> HeadS
         own=heads.witness(key, federation.title, federation.title, head, now),
         seen=countersigned(own),
         ledger=None if ledger is None else countersigned(ledger),
+        knew=knew,
     )
 
 
@@ -58,6 +64,23 @@ def check(federation: Federation) -> Checked:
     return heads.checked(federation.audit, found, doubtful)
 
 
+def accept(federation: Federation, site: str) -> int:
+    """Let a site's log be shorter than it was, once; how long it was.
+
+    Raises:
+        ConfigError: no head of such a site is known.
+    """
+    with federation.change():
+        last = load_record(_file(federation, known_name(site)), Witness)
+        if last is None:
+            raise ConfigError(f"{site}: no head of its log is known here; there is nothing to do")
+        federation.record("shorter log of a site accepted", site=site, had=last.n, hash=last.hash)
+        _file(federation, site).unlink()
+        _file(federation, heads.ledger_of(site)).unlink(missing_ok=True)
+        _noticed(federation, site).unlink(missing_ok=True)
+        return last.n
+
+
 def _refuse_unsigned(site: SiteRecord, shown: Witness, of: str) -> None:
     if shown.of != of or shown.by != site.name:
         raise PolicyRefused("The head is another site's.")
@@ -65,15 +88,27 @@ def _refuse_unsigned(site: SiteRecord, shown: Witness, of: str) -> None:
         raise PolicyRefused("The head is not signed by the key pinned for this site.")
 
 
-def _refuse_rollback(federation: Federation, site: SiteRecord, own: Witness) -> None:
-    last = _last(federation, site, own.of)
-    if last is None or own.n > last.n or (own.n == last.n and own.hash == last.hash):
+def _refuse_rollback(federation: Federation, own: Witness, last: Witness | None) -> None:
+    noticed = _noticed(federation, own.of)
+    if last is None:
+        noticed.unlink(missing_ok=True)
         return
-    federation.record("log of a site was rolled back", site=site.name, had=last.n, has=own.n)
+    grown = own.n > last.n or (own.n == last.n and own.hash == last.hash)
+    if grown and not noticed.exists():
+        return
+    if not noticed.exists():
+        federation.record("log of a site was rolled back", site=own.of, had=last.n, has=own.n)
+        # A log that is cut and grows again is still another one.
+        noticed.touch(mode=0o600)
     raise PolicyRefused(
-        f"The audit log of {own.of} had {last.n} lines and now shows {own.n}, or another line "
-        f"{own.n}. Restore it from the backup, or enrol again and say why."
+        f"The audit log of {own.of} had {last.n} lines and then fewer, or another line there. "
+        "Restore a newer backup; if there is none, telephone the coordinator, who can say: "
+        f"medfl-server accept-log {own.of}"
     )
+
+
+def _noticed(federation: Federation, site: str) -> Path:
+    return federation.state / "heads" / f"{site}.rolled-back"
 
 
 def _refuse_rolled_ledger(federation: Federation, site: SiteRecord, shown: Witness | None) -> None:
@@ -86,7 +121,8 @@ def _refuse_rolled_ledger(federation: Federation, site: SiteRecord, shown: Witne
     raise PolicyRefused(
         f"The privacy ledger of {site.name} was shown here {last.n} times, and its folders "
         f"remember {has}: they were put back or begun anew, and what was spent since is lost. "
-        "Restore the latest copy of the ledger and of the state folder, or enrol again and say why."
+        "Restore the latest copy of the ledger and of the state folder, or telephone "
+        f"the coordinator, who can say: medfl-server accept-log {site.name}"
     )
 
 
@@ -94,7 +130,32 @@ def _keep(federation: Federation, site: SiteRecord, seen: Witness) -> None:
     genuine = seen.of == federation.title and seen.by == site.name
     if not genuine or not heads.is_witnessed(site.signing_key, seen):
         raise PolicyRefused("The countersignature is not this site's, or not under our log.")
+    lost = load_record(_restored(federation), Restored)
+    if lost is not None and seen.n > lost.lines:
+        if federation.audit.hash_at(seen.n) != seen.hash:
+            # Of the log as it went on after the backup: shown once, and no fault of today's log.
+            federation.record("line lost in a restore", site=site.name, line=seen.n, hash=seen.hash)
+            heads.keep(federation.folder / "witnesses-lost.jsonl", seen)
+            return
     heads.keep(federation.witnesses, seen)
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The coordinator's log was put back with so many lines; what sites saw after them is lost."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+    lines: int
+
+
+def note_restore(federation: Federation, lines: int, made: str) -> None:
+    """Say in the log that it was put back. made: when the backup was."""
+    federation.record("restored from a backup", made=made, lines=lines)
+    save_record(_restored(federation), Restored(lines))
+
+
+def _restored(federation: Federation) -> Path:
+    return federation.state / "restored.json"
 
 
 def _last(federation: Federation, site: SiteRecord, of: str) -> Witness | None:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from medfl.common.allocator import give_back
 from medfl.common.child import end_with_parent, first_line
 from medfl.common.tunnel import KEY_HEADER
 
@@ -129,6 +130,7 @@ def serve(listener: socket.socket, database: Path, key: str) -> None:
 
 def main() -> int:
     """The child: socket and key come from the engine, as inherited descriptor and first line."""
+    give_back()
     key = first_line()
     end_with_parent()
     listener = socket.socket(fileno=int(os.environ["MEDFL_LISTENER"]))

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import grpc
 
@@ -38,6 +39,7 @@ _KEPT_ANSWERS = 16
 _HOLD_S = 20.0
 # Without the bell a held pull still looks this often.
 _LOOK_S = 5.0
+_AT_ONCE = 4
 # Answers that a SuperNode would give up at too early: call -> (which, repeated for s, after s).
 _AGAIN = {
     "pull-object": (nodes.on_its_way, 2.0, 0.02),
@@ -95,6 +97,8 @@ class Gate:
         self._sessions = sessions or Sessions()
         self._guests: dict[str, _Guest] = {}
         self._lock = threading.Lock()
+        # However many hospitals there are, so many objects are copied from hand to hand.
+        self._bulk = threading.BoundedSemaphore(_AT_ONCE)
         self._idle: deque[http.client.HTTPConnection] = deque()
 
     def answer(self, site: str, call: Call, active: Callable[[], bool] = lambda: True) -> Answer:
@@ -229,10 +233,14 @@ class Gate:
         """One HTTP call to the SuperLink; 503 where it cannot be reached or fails."""
         headers = {n: v for n, v in call.headers.items() if n in PASSED_ON}
         headers |= guest.key.headers() | {KEY_HEADER: self._key}
+        with self._bulk if call.path.endswith("-object") else nullcontext():
+            return self._passed(call.path, body, headers)
+
+    def _passed(self, path: str, body: bytes, headers: dict[str, str]) -> Answer:
         for _ in range(2):
             connection = self._idle.pop() if self._idle else self._connection()
             try:
-                connection.request("POST", call.path, body=body, headers=headers)
+                connection.request("POST", path, body=body, headers=headers)
                 got = connection.getresponse()
                 content = got.read()
             except (OSError, http.client.HTTPException) as error:

@@ -8,7 +8,7 @@ is what the strategy stands.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medfl.client.hospital import Hospital, answer
 from medfl.common import config
 from medfl.common.errors import FederationError
 from medfl.common.messages import Instruction, Reply
@@ -24,6 +23,7 @@ from medfl.common.packing import is_packed
 from medfl.common.seeds import derive
 from medfl.common.study import Study
 from medfl.server.rounds import run_study
+from medfl.simulations.direct import Change, Direct
 from medfl.simulations.sites import SimulatedRun, find_hospitals
 
 if TYPE_CHECKING:
@@ -34,22 +34,13 @@ NAMES = tuple(f"site-{n}" for n in range(5))
 STRATEGIES = ("fedavg", "median", "trimmed_mean", "krum", "multi_krum", "geometric_median")
 
 
-class Together:
-    """Hospitals of this process; those in `poisoned` turn their updates round."""
+def turning(poisoned: frozenset[str]) -> Change:
+    """These sites' updates come turned round."""
 
-    def __init__(self, hospitals: Sequence[Hospital], poisoned: frozenset[str]) -> None:
-        self._hospitals = {h.name: h for h in hospitals}
-        self._poisoned = poisoned
+    def change(asked: Instruction, reply: Reply) -> Reply:
+        return turned(reply) if reply.site in poisoned and asked.kind == "round" else reply
 
-    def names(self) -> list[str]:
-        """The sites' addresses."""
-        return list(self._hospitals)
-
-    def ask(self, instructions: Iterable[tuple[str, Instruction]]) -> Iterator[Reply]:
-        """Replies in the order asked."""
-        for name, asked in instructions:
-            reply = answer(self._hospitals[name], asked)
-            yield turned(reply) if name in self._poisoned and asked.kind == "round" else reply
+    return change
 
 
 def turned(reply: Reply) -> Reply:
@@ -82,7 +73,7 @@ def accuracy(folder: Path, strategy: str, poisoned: frozenset[str], seed: int) -
         folder / "runs" / f"{strategy}-{len(poisoned)}",
     )
     hospitals = [planned.hospital(node) for node in range(1, len(NAMES) + 1)]
-    outcome = run_study(study, Together(hospitals, poisoned), seed=seed)
+    outcome = run_study(study, Direct(hospitals, turning(poisoned)), seed=seed)
     known = [r.metrics["test"].get("accuracy") for r in outcome.final if r.site != NAMES[0]]
     return float(np.mean([value for value in known if value is not None]))
 

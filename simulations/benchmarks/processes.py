@@ -61,7 +61,11 @@ class Processes:
 
     def until(self, name: str, said: str) -> None:
         """Wait until a process has written `said`. Raises FederationError."""
-        wait(lambda: said in self._log(name).read_text("utf-8", "replace"), f"{name}: {said}")
+        wait(
+            lambda: said in self._log(name).read_text("utf-8", "replace"),
+            f"{name}: {said}",
+            _WAIT_S,
+        )
 
     def end(self) -> None:
         """SIGTERM, then SIGKILL, to those started here."""

@@ -86,6 +86,7 @@ def machine() -> dict[str, Any]:
     return {
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(pages * size / 2**30, 1),
+        "load_average": os.getloadavg(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("medfl", "flwr", "torch", "numpy")},

@@ -11,6 +11,11 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 # suite needs an RSA certificate and ours are P-256, so that only TLS 1.3 can be agreed on.
 os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
 
+# Flower's processes talk to each other on loopback; a hospital's proxy to the outside is not theirs.
+_direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+if not {"127.0.0.1", "*"} & {name.strip() for name in _direct.split(",")}:
+    os.environ["no_proxy"] = f"{_direct},127.0.0.1".lstrip(",")
+
 __version__ = "0.1.0"
 
 __all__ = ["__version__"]

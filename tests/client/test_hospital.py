@@ -128,6 +128,22 @@ def test_scores_of_single_cases_stay_in_the_folder(
     assert "a1" not in pack(reply).about
 
 
+def test_numbers_of_a_few_cases_do_not_leave_a_real_hospital(
+    risk_study: MakeStudy, risk_hospital: MakeHospital, tmp_path: Path
+) -> None:
+    study = risk_study()
+    parts = ["train"] * 5 + ["validation"] * 4 + ["test"] * 6
+    xs, ys = [float(i) for i in range(15)], [i % 2 for i in range(15)]
+    here = risk_hospital(study, tmp_path, xs, ys, parts, simulated=False)
+    reply = answer(here, asked(study, "finish", parts=("validation", "test")))
+    assert reply.counts == {"train": 5, "test": 6}
+    assert reply.metrics["validation"] == {}
+    assert reply.metrics["test"]
+    few = risk_hospital(study, tmp_path, xs[:4], ys[:4], simulated=False, name="b")
+    with pytest.raises(PolicyRefused, match=r"4 training cases, and .* at least 5"):
+        answer(few, asked(study))
+
+
 def test_what_was_left_out_is_told_by_reason_only(
     risk_study: MakeStudy, risk_hospital: MakeHospital, tmp_path: Path
 ) -> None:
@@ -225,7 +241,7 @@ def images(study: Study, folder: Path, name: str, shift: float) -> Hospital:
     inputs = (rng.normal(size=(6, 1, 8, 8)) + shift).astype(np.float32)
     cases = tuple(Case(f"{i}", f"{i}", "train" if i < 4 else "validation") for i in range(6))
     cohort = Cohort(cases, inputs, np.array([0, 1, 0, 1, 0, 1]), digest=name)
-    return Hospital(name, study, lambda: cohort, folder / name)
+    return Hospital(name, study, lambda: cohort, folder / name, simulated=True)
 
 
 @pytest.fixture

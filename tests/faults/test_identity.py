@@ -116,6 +116,7 @@ def test_a_wrong_clock_is_named(world: World, seen: Seen) -> None:
     seen("says clock skew, 10 minutes ahead, and connects once the clock is right")
 
 
+@pytest.mark.campaign
 @pytest.mark.timeout(800)
 @pytest.mark.case(
     32, "coordinator's and a hospital's clocks stepped back by 30 min in round 1 of 3"

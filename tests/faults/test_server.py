@@ -141,6 +141,7 @@ def test_a_stopped_server_drains_and_the_run_goes_on_later(shared: World, seen: 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small tmpfs")
+@pytest.mark.campaign
 @pytest.mark.case(14, "the runs folder on a tmpfs of 1 MB, filled while round 2 is on")
 def test_a_full_disk_pauses_the_run(shared: World, seen: Seen) -> None:
     served(shared)

@@ -36,7 +36,13 @@ from medfl.common.coordination import (
     Studies,
     Welcome,
 )
-from medfl.common.errors import ConfigError, FederationError, PolicyRefused, StorageError
+from medfl.common.errors import (
+    ConfigError,
+    FederationError,
+    LogRolledBack,
+    PolicyRefused,
+    StorageError,
+)
 from medfl.common.heads import Witness
 from medfl.common.invitation import Token
 from medfl.common.signing import public_of
@@ -507,13 +513,56 @@ def test_a_log_that_was_rolled_back_is_refused_by_the_other_side(world: World) -
         home.audit.path.write_bytes(whole.splitlines(keepends=True)[0])
         with pytest.raises(PolicyRefused, match="audit log of a had"):
             witness.exchange(home, line, no_ledger(home))
+        # Put right again, it is still refused until somebody at the coordinator says so.
         home.audit.path.write_bytes(whole)
+        with pytest.raises(PolicyRefused, match="accept-log a"):
+            witness.exchange(home, line, no_ledger(home))
+        assert heads.accept(world.federation, "a") > 1
+        witness.exchange(home, line, no_ledger(home))
         # And the coordinator's: as if it were restored from an old backup.
         theirs = world.federation.audit.path
         theirs.write_bytes(b"".join(theirs.read_bytes().splitlines(keepends=True)[:3]))
         (world.federation.state / "heads" / "a.json").unlink()
-        with pytest.raises(FederationError, match="coordinator's audit log had"):
+        with pytest.raises(LogRolledBack, match="log of the coordinator had"):
             witness.exchange(home, line, no_ledger(home))
+        # It grows with every call, and stays refused until somebody here says otherwise.
+        for _ in range(10):
+            world.federation.record("grows")
+        with pytest.raises(LogRolledBack, match="accept-log"):
+            witness.exchange(home, line, no_ledger(home))
+        assert witness.accept(home).whose == "the coordinator"
+        witness.exchange(home, line, no_ledger(home))
+        with pytest.raises(ConfigError, match="nothing to do"):
+            witness.accept(home)
+
+
+def test_a_hospital_that_was_put_back_and_has_grown_since_notices_by_itself(world: World) -> None:
+    """As after a snapshot of a virtual machine: longer than the coordinator knows, and another."""
+    home = world.joined("a")
+    with enrolment.line_to(home) as line:
+        witness.exchange(home, line, no_ledger(home))
+        before = {f: f.read_bytes() for f in home.folder.iterdir() if f.is_file()}
+        home.record("answered", round=1)
+        witness.exchange(home, line, no_ledger(home))
+        for file, content in before.items():
+            file.write_bytes(content)
+        for _ in range(9):
+            home.record("client started")
+        with pytest.raises(LogRolledBack, match="log of this hospital had"):
+            witness.exchange(home, line, no_ledger(home))
+
+
+def test_a_site_that_enrols_again_begins_a_log_of_its_own(world: World) -> None:
+    home = world.joined("a")
+    for _ in range(5):
+        home.record("something")
+    with enrolment.line_to(home) as line:
+        witness.exchange(home, line, no_ledger(home))
+    again = Home(home.folder.parent / "again", world.clock)
+    enrolment.enrol(again, world.address, authority.invite(world.federation, "a", 1, again=True))
+    with enrolment.line_to(again) as line:
+        witness.exchange(again, line, no_ledger(again))
+    assert witness.check(again).bad is None
 
 
 @dataclass

@@ -41,7 +41,11 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
     ):
         for command in commands.split():
             assert main([*command.split("."), "--help"]) == 0
-            assert "Example: medfl-" in capsys.readouterr().out, command
+            out = capsys.readouterr().out
+            assert "Example: medfl-" in out, command
+            assert "\\[" not in out, command
+    client_cli.main(["enrol", "--help"])
+    assert capsys.readouterr().out.count("host:port of the coordinator.") == 1
 
 
 def test_init_says_the_next_step_and_is_idempotent(

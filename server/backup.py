@@ -1,0 +1,62 @@
+"""Backup and restore of the coordinator's folder, while the server runs or not.
+
+Kept: settings, keys, sites, invitations, studies, decisions, runs with their models, the log.
+Not kept: what the engine makes anew (its database and log). A run that was under way is taken up
+from its last checkpoint, as after any other end of the server.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from medfl.common import backup
+from medfl.common.backup import Backup, Item, Manifest, below
+from medfl.common.errors import StorageError
+from medfl.server import heads
+from medfl.server.federation import Federation
+from medfl.server.settings import open_federation
+
+KIND = "medfl-server"
+# The SuperLink's database holds messages of rounds that nobody waits for any more.
+_REMADE = frozenset({"engine/superlink.db", "engine/superlink.log", "engine/flwr"})
+_LAST = ("audit.jsonl", "witnesses.jsonl")
+
+
+def save(federation: Federation, out: Path) -> Manifest:
+    """Write a backup. Raises StorageError, ConfigError."""
+    with federation.change():
+        head = federation.audit.head()
+        about = {"name": federation.name, "audit_lines_at_least": str(head.n)}
+        made = backup.save(out, KIND, _items(federation), about)
+    federation.record("backed up", files=len(made.files))
+    return made
+
+
+def _items(federation: Federation) -> Iterator[Item]:
+    """Nothing is done that the log does not hold: so the log comes last."""
+    folder = federation.folder
+    leave = _REMADE | frozenset(_LAST)
+    database = frozenset(p.name for p in (folder / "engine").glob("superlink.db*"))
+    yield from below(folder, "fed", leave | {f"engine/{name}" for name in database})
+    for name in reversed(_LAST):
+        if (folder / name).exists():
+            yield f"fed/{name}", folder / name
+
+
+def restore(path: Path, folder: Path) -> tuple[Backup, Federation]:
+    """Make the folder anew from a backup, and note it in the log.
+
+    Raises:
+        ConfigError: the folder holds something. StorageError: the backup is damaged, or its log.
+    """
+    found = backup.opened(path, KIND)
+    found.put_back("fed", folder)
+    federation = open_federation(folder)
+    checked = heads.check(federation)
+    if checked.bad is not None:
+        raise StorageError(f"{path}: its audit.jsonl: line {checked.bad.n} {checked.bad.why}")
+    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(found.manifest.at))
+    heads.note_restore(federation, checked.lines, made)
+    return found, federation
