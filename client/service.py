@@ -24,7 +24,7 @@ from medfl.client import consent, enrolment, hatch, witness
 from medfl.client.coordinator import Line
 from medfl.client.ledger import Ledger
 from medfl.client.premises import Home
-from medfl.common.coordination import Bye, Done, Report
+from medfl.common.coordination import Bye, Done, Heard, Report
 from medfl.common.errors import FederationError, LogRolledBack, MedflError, PolicyRefused
 from medfl.common.kept import save_record
 from medfl.common.notify import tell
@@ -158,7 +158,7 @@ def _report(
     _note(home, "connected")
     while not stopping.wait(_REPORT_S):
         try:
-            line.call("Report", Report(session, "connected"), Done)
+            heard = line.call("Report", Report(session, "connected"), Heard)
             if lost:
                 said("Connected again.")
                 # Whoever is back may have been put back from a backup: look at its log now.
@@ -166,7 +166,7 @@ def _report(
             if time.monotonic() - greeted > _GREET_S:
                 greeted = time.monotonic()
                 enrolment.greet(home, line, session, __version__)
-            if home.audit.head().n != shown:
+            if home.audit.head().n != shown or witness.is_behind(home, heard.lines):
                 witness.exchange(home, line, ledger)
                 consent.fetch(home, line)
                 shown = home.audit.head().n

@@ -65,6 +65,12 @@ def exchange(home: Home, line: Line, ledger: Ledger) -> None:
     home.record("head of the coordinator", lines=answer.own.n, hash=answer.own.hash)
 
 
+def is_behind(home: Home, lines: int) -> bool:
+    """Whether a coordinator's log of so many lines is shorter than the one that it has shown."""
+    last = load_record(home.folder / "coordinator_head.json", Witness)
+    return last is not None and lines < last.n
+
+
 def accept(home: Home) -> RolledBack:
     """Go on although a log was put back.
 

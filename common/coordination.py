@@ -139,6 +139,18 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Heard:
+    """The answer to a report.
+
+    lines: of the coordinator's audit log; fewer than it has shown before, and it was put back.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+    now: float
+    lines: int
+
+
+@dataclass(frozen=True, slots=True)
 class ShowHead:
     """own: the site's signed head. seen: the site's signature under the coordinator's last.
 
@@ -184,7 +196,7 @@ METHODS: dict[str, tuple[type, type]] = {
     "Studies": (AskStudies, Studies),
     "Decide": (Decide, Done),
     "Heads": (ShowHead, HeadSeen),
-    "Report": (Report, Done),
+    "Report": (Report, Heard),
 }
 
 M = TypeVar("M")

@@ -27,6 +27,7 @@ from medfl.common.coordination import (
     Enrol,
     Enrolled,
     HeadSeen,
+    Heard,
     Hello,
     Renew,
     Report,
@@ -132,12 +133,12 @@ class Coordinator:
     def heads(self, caller: SiteRecord, asked: ShowHead) -> HeadSeen:
         return heads.exchange(self._federation, caller, asked)
 
-    def report(self, caller: SiteRecord, asked: Report) -> Done:
+    def report(self, caller: SiteRecord, asked: Report) -> Heard:
         self._peers.sessions.touch(caller.name, asked.session)
         at = self._federation.clock()
         place = self._federation.state / "reports" / f"{caller.name}.json"
         save_record(place, Said(at=at, state=asked.state, study=asked.study, round=asked.round))
-        return Done(at)
+        return Heard(at, self._federation.audit.head().n)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """As one service for a grpc.Server."""

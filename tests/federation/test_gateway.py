@@ -31,6 +31,7 @@ from medfl.common.coordination import (
     Enrol,
     Enrolled,
     HeadSeen,
+    Heard,
     Report,
     ShowHead,
     Studies,
@@ -437,9 +438,9 @@ def test_one_session_a_site(world: World) -> None:
             enrolment.greet(home, line, "second", __version__)
         enrolment.greet(home, line, "first", __version__)
         now[0] = 15
-        line.call("Report", Report("first", "waiting"), Done)
+        line.call("Report", Report("first", "waiting"), Heard)
         with pytest.raises(PolicyRefused, match="is not live"):
-            line.call("Report", Report("second", "waiting"), Done)
+            line.call("Report", Report("second", "waiting"), Heard)
         now[0] = 30
         with pytest.raises(PolicyRefused, match="try again in 5 s"):
             enrolment.greet(home, line, "second", __version__)
