@@ -169,9 +169,9 @@ def test_a_full_disk_pauses_the_run(shared: World, seen: Seen) -> None:
         assert [p for p in (place / run).rglob("*.part")] == []
         assert shared.server.popen.poll() is None
         fill.unlink()
-        if stood.state == "paused":
-            again = ("resume", run, "--detach", "--folder", str(shared.fed))
-            assert shared.done("server", *again).returncode == 0
+        until(lambda: shared.state_of(run).state == "paused", 60, "the pause")
+        again = ("resume", run, "--detach", "--folder", str(shared.fed))
+        assert shared.done("server", *again).returncode == 0
         shared.ends(run)
         model = shared.model(run)
     finally:
@@ -180,8 +180,8 @@ def test_a_full_disk_pauses_the_run(shared: World, seen: Seen) -> None:
         kept.rename(place)
     assert same(model, shared.model(shared.clean))  # type: ignore[attr-defined]
     seen(
-        f"stood as {stood.state} at round {stood.round}, server up, no torn file; with room again "
-        "the run ended with the same model"
+        f"stood at round {stood.round}, server up, no torn file; paused as soon as that could be "
+        "written; resumed, it ended with the same model"
     )
 
 

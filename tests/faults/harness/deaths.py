@@ -57,12 +57,13 @@ def _in_checkpoint(number: int, now: Callable[[], None]) -> None:
     true = tensors.write_atomic
 
     def spoilt(path: Path, content: Any) -> None:
-        if path.name == f"checkpoint-{number:05d}.safetensors" and isinstance(content, bytes):
+        if path.name == f"checkpoint-{number:05d}.safetensors":
+            raw = content if isinstance(content, bytes) else b"".join(content)
 
             def halves() -> Any:
-                yield content[: len(content) // 2]
+                yield raw[: len(raw) // 2]
                 now()
-                yield content[len(content) // 2 :]
+                yield raw[len(raw) // 2 :]
 
             true(path, halves())
         else:
