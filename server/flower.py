@@ -147,7 +147,7 @@ class ConnectedSites:
                     return self._checked(site, asked, got)
                 if got is _GONE:
                     message_id = None
-            away_s = min(self._roster.away_s(site), time.monotonic() - began)
+            away_s = self._roster.away_s(site)
             given_up = away_s >= AWAY_S and not self._roster.at_work()
             if given_up or time.monotonic() >= end:
                 why = _AWAY if away_s else _LATE

@@ -4,7 +4,8 @@ than a person allowed.
 The first answer to each kind of question may take all of the allowed time. After that a site has
 three times the longest of its last five; one that was late once gets twice that, and if it is late
 again it has what the others have. A site without a connection is waited for no longer than the
-others work, but long enough to come back after a restart or a broken line (`AWAY_S`).
+others work, but long enough to come back after a restart or a broken line (`AWAY_S` since it was
+heard): a dead site costs that once, and later rounds nothing.
 """
 
 from __future__ import annotations

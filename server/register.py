@@ -27,6 +27,7 @@ class Roster:
         self._version = 0
         self._places: dict[str, _Place] = {}
         self._heard: dict[str, float] = {}
+        self._born = time.monotonic()
         self._lost: set[str] = set()
 
     def ring(self) -> None:
@@ -100,11 +101,14 @@ class Roster:
             return place.node_id
 
     def away_s(self, site: str) -> float:
-        """Seconds since the site was heard, if it is not connected now; 0 where it is."""
+        """Seconds since the site was heard, if it is not connected now; 0 where it is.
+
+        Who was never heard is away since this coordinator started.
+        """
         if self.node_of(site) is not None:
             return 0.0
         with self._changed:
-            return time.monotonic() - self._heard.get(site, float("-inf"))
+            return time.monotonic() - self._heard.get(site, self._born)
 
     def at_work(self) -> bool:
         """Whether a connected site has something that it has not answered."""

@@ -284,6 +284,25 @@ def test_what_a_supernode_took_with_it_is_known_to_be_lost() -> None:
     assert not roster.was_lost("b")
 
 
+def test_a_site_is_away_since_it_was_heard_or_since_the_start(monkeypatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("medfl.server.register.time.monotonic", lambda: clock[0])
+    roster = Roster()
+    roster.arrived("north", 11)
+    clock[0] += 70
+    assert (roster.away_s("north"), roster.away_s("south")) == (0.0, 70.0)
+    clock[0] += 30
+    assert (roster.away_s("north"), roster.away_s("south")) == (100.0, 100.0)
+    roster.heard("north", 11)
+    roster.gave("north", ["a"])
+    assert roster.away_s("north") == 0.0
+    assert roster.at_work()
+    clock[0] += 10
+    roster.left("north")
+    assert roster.away_s("north") == 10.0
+    assert not roster.at_work()
+
+
 class Far:
     """A gateway with the tunnel, on a port that stays the same when it is started again."""
 
