@@ -24,6 +24,7 @@ from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectUnavailableError,
@@ -36,10 +37,10 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supernode.runtime.run_clientapp import push_message
 
 from medfl.client.hospital import Hospital, answer
 from medfl.common.errors import CaseError, FederationError, MedflError
+from medfl.common.flower_objects import announced_of, redeemed
 from medfl.common.flower_records import from_record, joined, parted, to_record
 from medfl.common.messages import (
     Envelope,
@@ -49,6 +50,7 @@ from medfl.common.messages import (
     refusal,
     unpack_instruction,
 )
+from medfl.common.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -119,13 +121,18 @@ class NodeGone(FederationError):
 class Tasks:
     """The tasks of this site's SuperNode, for who knows its secret.
 
-    given_up: whether the SuperNode has stopped fetching what it lacks of a message.
+    given_up: whether the SuperNode has stopped fetching what it lacks of a message. shelf: where
+        its large objects lie.
     """
 
     def __init__(
-        self, address: str, secret: str, given_up: Callable[[], bool] = lambda: False
+        self,
+        address: str,
+        secret: str,
+        given_up: Callable[[], bool] = lambda: False,
+        shelf: Shelf | None = None,
     ) -> None:
-        self._address, self._given_up = address, given_up
+        self._address, self._given_up, self._shelf = address, given_up, shelf
         signing = SuperExecAuthHttpInterceptor(
             master_secret=secret.encode(), protected_methods={_ACQUIRE}
         )
@@ -140,7 +147,9 @@ class Tasks:
         asked = runtime_pb2.AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
         try:
             found = self._calls.AcquireTask(asked)
-            return Task(self._address, found.token, self._given_up) if found.token else None
+            if not found.token:
+                return None
+            return Task(self._address, found.token, self._given_up, self._shelf)
         except httpx.HTTPError as error:
             raise NodeGone(f"no task could be taken ({type(error).__name__})") from error
 
@@ -152,7 +161,10 @@ class Tasks:
 class Task:
     """One message to this site, and its answer. What code came with it is bytes and stays bytes."""
 
-    def __init__(self, address: str, token: str, given_up: Callable[[], bool]) -> None:
+    def __init__(
+        self, address: str, token: str, given_up: Callable[[], bool], shelf: Shelf | None
+    ) -> None:
+        self._shelf = shelf
         self._calls = _runtime(address, RuntimeTokenHttpInterceptor(token=token))
         self._beat = HeartbeatSender(self._heartbeat)
         self._given_up = given_up
@@ -181,7 +193,7 @@ class Task:
 
         def pull_while_it_comes(object_id: str) -> bytes:
             try:
-                return pull(object_id)
+                return redeemed(self._shelf, object_id, pull(object_id))
             except ObjectUnavailableError:
                 if self._given_up():
                     raise NodeGone("a message's run ended before all of it was here") from None
@@ -223,12 +235,20 @@ class Task:
             message = Message(to_record(pack(reply)), reply_to=self.message)
         else:
             message = from_text(memoryview(reply))
-        context = Context(self.run_id, self.node_id, {}, RecordDict(), {})
         try:
-            push_message(self._calls, message, context)
+            self._push(message)
             self._end(SubStatus.COMPLETED)
         except httpx.HTTPError as error:
             raise NodeGone(f"an answer was not taken ({type(error).__name__})") from error
+
+    def _push(self, message: Message) -> None:
+        """Flower's own push keeps each large object in memory four times."""
+        announced = announced_of(message)
+        answer = self._calls.PushMessages(announced.request)
+        push = make_push_object_fn_protobuf(
+            self._calls.PushObject, Node(node_id=self.node_id), self.run_id, answer.session_id
+        )
+        announced.push(set(answer.objects_to_push), push, self._shelf)
 
     def drop(self) -> None:
         """Give it up without an answer."""

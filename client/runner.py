@@ -26,6 +26,7 @@ from medfl.common.bundle import study_bundle
 from medfl.common.child import Child, Launch
 from medfl.common.errors import FederationError, MedflError, OtherCode, TrainerDied
 from medfl.common.messages import refusal
+from medfl.common.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class Node:
         self._forwarder, self._folder = forwarder, folder
         self._superlink = ""
         self.address, self.secret = "", ""
+        self._shelf = forwarder.shelf = Shelf(folder / "objects")
         self.child = Child("SuperNode", self._launch, folder / "supernode.log")
 
     def start(self, superlink: str) -> None:
@@ -167,7 +169,8 @@ class Node:
 
     def tasks(self) -> Tasks:
         """What it has for this site to do."""
-        return Tasks(self.address, self.secret, lambda: self._forwarder.has_given_up)
+        given_up = lambda: self._forwarder.has_given_up  # noqa: E731
+        return Tasks(self.address, self.secret, given_up, self._shelf)
 
     def check(self) -> None:
         """Replace a SuperNode that lives and does nothing."""
@@ -180,9 +183,11 @@ class Node:
         self.secret = secrets.token_hex(32)
         self.address = f"127.0.0.1:{_free_port()}"
         self._forwarder.heard = time.monotonic()
-        port = self.address.rsplit(":", 1)[1]
+        # What the one before it held is lost with it.
+        self._shelf.sweep(all_of_it=True)
+        port, shelf = self.address.rsplit(":", 1)[1], str(self._shelf.folder)
         return Launch(
-            command=[sys.executable, "-m", "medfl.client.supernode", self._superlink, port],
+            command=[sys.executable, "-m", "medfl.client.supernode", self._superlink, port, shelf],
             env={
                 "FLWR_HOME": str(self._folder / "flwr"),
                 "FLWR_TELEMETRY_ENABLED": "0",

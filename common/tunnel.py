@@ -44,6 +44,7 @@ ALLOWED: Mapping[str, int] = MappingProxyType(
     }
 )
 PULL = _CALLS + "pull-messages"
+PULL_OBJECT, PUSH_OBJECT = _CALLS + "pull-object", _CALLS + "push-object"
 # What a SuperNode calls between a message's announcement and having all of it.
 FETCH = frozenset(_CALLS + n for n in ("get-run", "get-fab", "pull-object"))
 SESSION = "medfl-session"

@@ -21,10 +21,12 @@ from flwr.supercore.constant import (
     FLEET_HTTP_SIGNATURE_HEADER,
 )
 from flwr.supercore.date import now
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from medfl.common.errors import FederationError
+from medfl.common.shelf import ticket
 
 
 class NodeKey:
@@ -104,6 +106,59 @@ def delivered(answer: bytes) -> list[str]:
     return [str(m.metadata.message_id) for m in got.messages_list]
 
 
+def trees(answer: bytes) -> dict[str, frozenset[str]]:
+    """Ids of all objects of each message in the answer to a pull-messages call."""
+    got = fleet_pb2.PullMessagesResponse.FromString(answer)
+    return {
+        str(tree.object_id): frozenset(node.object_id for node in iterate_object_tree(tree))
+        for tree in got.message_object_trees
+    }
+
+
+def lacking(answer: bytes) -> list[str]:
+    """Ids of the objects that the answer to a push-messages call asks for."""
+    return list(fleet_pb2.PushMessagesResponse.FromString(answer).objects_to_push)
+
+
+def confirmed(body: bytes) -> str:
+    """The message that a confirm-message-received call is about."""
+    return str(_parsed("confirm-message-received", body).message_object_id)
+
+
+def fetched(body: bytes) -> str:
+    """The object that a pull-object call asks for."""
+    return str(_parsed("pull-object", body).object_id)
+
+
+def pushed(body: bytes) -> tuple[str, bytes]:
+    """The object that a push-object call brings, and its content."""
+    request = _parsed("push-object", body)
+    return str(request.object_id), bytes(request.object_content)
+
+
+def with_ticket(body: bytes) -> bytes:
+    """A push-object call with a ticket in the place of the content."""
+    request = _parsed("push-object", body)
+    request.object_content = ticket(request.object_id)
+    return bytes(request.SerializeToString())
+
+
+def is_ticket(answer: bytes, object_id: str) -> bool:
+    """Whether the answer to a pull-object call is the object's ticket."""
+    if len(answer) > 4 * _SHORT:
+        return False
+    got = message_pb2.PullObjectResponse.FromString(answer)
+    return bool(got.object_content == ticket(object_id))
+
+
+def available(content: bytes) -> bytes:
+    """The answer to a pull-object call that brings an object."""
+    got = message_pb2.PullObjectResponse(
+        object_found=True, object_available=True, object_content=content
+    )
+    return bytes(got.SerializeToString())
+
+
 def activated(answer: bytes) -> int:
     """The node id in the answer to an activate-node call."""
     return int(fleet_pb2.ActivateNodeResponse.FromString(answer).node_id)
@@ -130,6 +185,12 @@ def on_its_way(answer: bytes) -> bool:
 def not_stored(answer: bytes) -> bool:
     """Whether the answer to a push-object call says so: the database is locked, or the like."""
     return not message_pb2.PushObjectResponse.FromString(answer).stored
+
+
+COMING = bytes(
+    message_pb2.PullObjectResponse(object_found=True, object_available=False).SerializeToString()
+)
+NOT_STORED = bytes(message_pb2.PushObjectResponse(stored=False).SerializeToString())
 
 
 def _parsed(call: str, body: bytes) -> Any:

@@ -9,6 +9,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError
 
+from medfl.common.flower_objects import redeemed
+from medfl.common.shelf import Shelf, ticket
 from medfl.server.objects import FileObjectStore
 
 # Flower configures alembic in a way that alembic announces to drop.
@@ -19,6 +21,10 @@ def store(tmp_path: Path) -> FileObjectStore:
     made = FileObjectStore(str(tmp_path / "superlink.db"), tmp_path / "objects")
     made.initialize()
     return made
+
+
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path / "objects")
 
 
 def record(fill: int) -> RecordDict:
@@ -41,7 +47,8 @@ def test_objects_go_in_and_come_out_and_large_ones_are_files(tmp_path: Path) -> 
     for object_id, one in objects.items():
         kept.put(object_id, one.deflate())
         kept.put(object_id, one.deflate())
-        assert kept.get(object_id) == one.deflate()
+        assert redeemed(shelf(tmp_path), object_id, kept.get(object_id)) == one.deflate()
+    assert all(kept.get(chunk) == ticket(chunk) for chunk in chunks)
     assert {f.name for f in (tmp_path / "objects").iterdir()} == set(chunks)
     # Nobody has to send again what is there, also after a restart.
     assert store(tmp_path).preregister(8, get_object_tree(made)) == []
@@ -88,7 +95,51 @@ def test_a_file_that_a_crash_lost_or_left_is_known(tmp_path: Path) -> None:
     assert kept.get(chunk) == b""
     assert kept.preregister(8, get_object_tree(made)) == [chunk]
     kept.put(chunk, objects[chunk].deflate())
-    assert kept.get(chunk) == objects[chunk].deflate()
+    assert kept.get(chunk) == ticket(chunk)
+    assert shelf(tmp_path).read(chunk) == objects[chunk].deflate()
     (tmp_path / "objects" / ("f" * 64)).write_bytes(b"left")
     store(tmp_path)
     assert not (tmp_path / "objects" / ("f" * 64)).exists()
+
+
+def test_a_ticket_is_worth_what_lies_on_the_shelf_and_nothing_else(tmp_path: Path) -> None:
+    kept, made = store(tmp_path), record(1)
+    objects = get_all_nested_objects(made)
+    chunk, other = (i for i, o in objects.items() if type(o).__name__ == "ArrayChunk")
+    with pytest.raises(ValueError, match="not the object's"):
+        shelf(tmp_path).lay(chunk, objects[other].deflate())
+    with pytest.raises(ValueError, match="not the object's"):
+        shelf(tmp_path).lay("../" + "0" * 61, b"")
+    shelf(tmp_path).lay(chunk, objects[chunk].deflate())
+    with pytest.raises(NoObjectInStoreError):
+        kept.put(chunk, ticket(chunk))
+    assert list((tmp_path / "objects").iterdir()) == []
+    kept.preregister(7, get_object_tree(made))
+    with pytest.raises(ValueError, match="nothing lies"):
+        kept.put(chunk, ticket(chunk))
+    with pytest.raises(ValueError, match="content hash"):
+        kept.put(chunk, ticket(other))
+    assert kept.get(chunk) == b""
+    shelf(tmp_path).lay(chunk, objects[chunk].deflate())
+    kept.put(chunk, ticket(chunk))
+    assert shelf(tmp_path).read(chunk) == objects[chunk].deflate()
+    assert [f.stat().st_mode & 0o777 for f in (tmp_path / "objects").iterdir()] == [0o600]
+
+
+def test_files_and_database_agree_after_a_restart(tmp_path: Path) -> None:
+    """Ended between laying and keeping, and with one object kept and one not."""
+    kept, made = store(tmp_path), record(1)
+    objects = get_all_nested_objects(made)
+    first, second = (i for i, o in objects.items() if type(o).__name__ == "ArrayChunk")
+    kept.preregister(7, get_object_tree(made))
+    for chunk in (first, second):
+        shelf(tmp_path).lay(chunk, objects[chunk].deflate())
+    kept.put(first, ticket(first))
+    again = store(tmp_path)
+    assert again.get(first) == ticket(first)
+    assert again.get(second) == b""
+    assert second in again.preregister(8, get_object_tree(made))
+    # What was laid while the SuperLink was away is kept when its ticket is shown again.
+    again.put(second, ticket(second))
+    assert shelf(tmp_path).read(second) == objects[second].deflate()
+    assert {f.name for f in (tmp_path / "objects").iterdir()} == {first, second}
