@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -27,8 +28,8 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
     ObjectUnavailableError,
-    pull_and_inflate_object_from_tree,
 )
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
@@ -40,7 +41,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from medfl.client.hospital import Hospital, answer
 from medfl.common.errors import CaseError, FederationError, MedflError
-from medfl.common.flower_objects import announced_of, redeemed
+from medfl.common.flower_objects import Malformed, announced_of, arrived, fixed, redeemed
 from medfl.common.flower_records import from_record, joined, parted, to_record
 from medfl.common.messages import (
     Envelope,
@@ -190,29 +191,25 @@ class Task:
             raise NodeGone("a task came without a message")
         tree, node = got.message_object_trees[0], Node(node_id=self.node_id)
         pull = make_pull_object_fn_protobuf(self._calls.PullObject, node, self.run_id)
+        confirm = make_confirm_message_received_fn_protobuf(
+            self._calls.ConfirmMessageReceived, node, self.run_id
+        )
 
-        def pull_while_it_comes(object_id: str) -> bytes:
-            try:
-                return redeemed(self._shelf, object_id, pull(object_id))
-            except ObjectUnavailableError:
-                if self._given_up():
-                    raise NodeGone("a message's run ended before all of it was here") from None
-                raise
+        def pull_when_it_is_there(object_id: str) -> bytes:
+            wait_s = 0.02
+            while True:
+                try:
+                    return redeemed(self._shelf, object_id, pull(object_id))
+                except ObjectUnavailableError:
+                    if self._given_up():
+                        raise NodeGone("a message's run ended before all of it was here") from None
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, 0.5)
 
         try:
-            message = pull_and_inflate_object_from_tree(
-                tree,
-                pull_while_it_comes,
-                make_confirm_message_received_fn_protobuf(
-                    self._calls.ConfirmMessageReceived, node, self.run_id
-                ),
-                return_type=Message,
-                max_time=None,
-                max_tries_per_object=None,
-                initial_backoff=0.02,
-                backoff_cap=0.5,
-            )
-        except httpx.HTTPError as error:
+            message = arrived(tree, pull_when_it_is_there, sys.maxsize)
+            confirm(tree.object_id)
+        except (httpx.HTTPError, ObjectPullError, Malformed) as error:
             raise NodeGone(f"a message did not arrive ({type(error).__name__})") from error
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
@@ -225,7 +222,7 @@ class Task:
         """The message for another process."""
         return as_text(self.message)
 
-    def answer(self, reply: Reply | bytes) -> None:
+    def answer(self, reply: Reply | bytes | bytearray) -> None:
         """Hand the answer to the SuperNode. bytes: a reply as `run_payload` returns it.
 
         Raises:
@@ -243,6 +240,7 @@ class Task:
 
     def _push(self, message: Message) -> None:
         """Flower's own push keeps each large object in memory four times."""
+        fixed(message.content)
         announced = announced_of(message)
         answer = self._calls.PushMessages(announced.request)
         push = make_push_object_fn_protobuf(

@@ -214,7 +214,7 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
         delta=outgoing(
             hospital.state,
             asked.round,
-            {n: a.astype(np.float32) for n, a in delta.items() if n not in stays},
+            {n: a.astype(np.float32, copy=False) for n, a in delta.items() if n not in stays},
             study.federation.updates,
         ),
         control=pack_exactly({n: a for n, a in control.items() if n not in stays}),

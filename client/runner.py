@@ -23,7 +23,7 @@ from medfl.client.hatch import Trains
 from medfl.client.trainer import frame
 from medfl.client.tunnel import Forwarder
 from medfl.common.bundle import study_bundle
-from medfl.common.child import Child, Launch
+from medfl.common.child import Child, Launch, received
 from medfl.common.errors import FederationError, MedflError, OtherCode, TrainerDied
 from medfl.common.messages import refusal
 from medfl.common.shelf import Shelf
@@ -67,7 +67,7 @@ class Trainer:
         with self._lock:
             self._start()
 
-    def do(self, task: bytes) -> bytes:
+    def do(self, task: bytes) -> bytes | bytearray:
         """The reply to a framed task.
 
         Raises:
@@ -108,10 +108,10 @@ class Trainer:
             raise EOFError
         self._pipe.send_bytes(task)
 
-    def _received(self, limit_s: float) -> bytes:
+    def _received(self, limit_s: float) -> bytes | bytearray:
         if self._pipe is None or not self._pipe.poll(limit_s):
             raise EOFError
-        return self._pipe.recv_bytes()
+        return received(self._pipe)
 
     def _ended(self) -> int | None:
         if self._process is None:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from medfl.common.child import end_with_parent
+from medfl.common.child import end_with_parent, received
 
 if TYPE_CHECKING:
     from medfl.client.flower import FindHospital
@@ -31,13 +31,13 @@ def frame(payload: bytes, run_id: int, node_id: int, study: str) -> bytes:
     return len(head).to_bytes(4, "big") + head + payload
 
 
-def work(find_hospital: FindHospital) -> Callable[[bytes], bytes]:
+def work(find_hospital: FindHospital) -> Callable[[bytes | bytearray], bytes]:
     """A framed task to the bytes of its reply."""
     from medfl.client.flower import client_app, run_payload
 
     app = client_app(find_hospital)
 
-    def do(task: bytes) -> bytes:
+    def do(task: bytes | bytearray) -> bytes:
         size = int.from_bytes(task[:4], "big")
         about = json.loads(task[4 : 4 + size])
         return run_payload(app, memoryview(task)[4 + size :], **about)
@@ -72,7 +72,7 @@ def main() -> int:
     pipe.send_bytes(b"ready")
     while True:
         try:
-            task = pipe.recv_bytes()
+            task = received(pipe)
         except EOFError:
             return 0
         pipe.send_bytes(do(task))

@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from flwr.app import Array, Message
+from flwr.app import Array, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.app.message.arraychunk import ArrayChunk
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.proto.runtime_pb2 import PushAppMessagesRequest
@@ -35,10 +36,35 @@ from flwr.supercore.inflatable.inflatable_utils import (
 
 from medfl.common.errors import FederationError
 from medfl.common.flower_records import fill
-from medfl.common.shelf import LARGE, Shelf, ticket
+from medfl.common.shelf import LARGE, Shelf, sha256, ticket
 
 # Calls for objects at a time: one travels while another is worked on.
 _AT_ONCE = 2
+
+
+class Chunk(ArrayChunk):
+    """A chunk that never changes: its id is worked out once, and nothing is copied for it."""
+
+    is_dirty = False
+
+    def __init__(self, data: memoryview) -> None:
+        super().__init__(data)
+        self.head = f"{ArrayChunk.__qualname__}  {len(data)}".encode() + HEAD_BODY_DIVIDER
+        vars(self)["_object_id"] = sha256(self.head, data)
+
+
+# Flower writes the class's name into the object.
+Chunk.__qualname__ = ArrayChunk.__qualname__
+
+
+def fixed(record: RecordDict) -> RecordDict:
+    """The same record, whose arrays' chunks are hashed now and never again."""
+    for arrays in record.array_records.values():
+        for array in arrays.values():
+            whole, step = memoryview(array.data), FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE
+            chunks = [Chunk(whole[i : i + step]) for i in range(0, len(whole), step)]
+            vars(array)["_chunks"] = [(chunk.object_id, chunk) for chunk in chunks]
+    return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +84,12 @@ class Announced:
         """
 
         def one(object_id: str) -> None:
-            content = self.objects[object_id].deflate()
+            found = self.objects[object_id]
+            if shelf is not None and isinstance(found, Chunk) and len(found.data) >= LARGE:
+                shelf.lay_own(object_id, found.head, found.data)
+                push(object_id, ticket(object_id))
+                return
+            content = found.deflate()
             if shelf is not None and len(content) >= LARGE:
                 shelf.lay(object_id, content)
                 content = ticket(object_id)

@@ -35,6 +35,14 @@ def is_object_id(text: str) -> bool:
     return len(text) == 64 and _HEX.issuperset(text)
 
 
+def sha256(*pieces: bytes | memoryview) -> str:
+    """SHA-256 of the pieces together, in hex."""
+    sha = hashlib.sha256()
+    for piece in pieces:
+        sha.update(piece)
+    return sha.hexdigest()
+
+
 class Shelf:
     """Objects in `folder` (0700, files 0600), each named by its SHA-256.
 
@@ -45,22 +53,27 @@ class Shelf:
         self.folder = folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def lay(self, object_id: str, content: bytes | memoryview) -> None:
-        """Lay an object ready to be kept.
+    def lay(self, object_id: str, *pieces: bytes | memoryview) -> None:
+        """Lay an object, given in pieces, ready to be kept.
 
         Raises:
             ValueError: the content is not the id's. StorageError: the disk refused.
         """
-        if not is_object_id(object_id) or hashlib.sha256(content).hexdigest() != object_id:
+        if not is_object_id(object_id) or sha256(*pieces) != object_id:
             raise ValueError("the content is not the object's")
+        self.lay_own(object_id, *pieces)
+
+    def lay_own(self, object_id: str, *pieces: bytes | memoryview) -> None:
+        """Lay an object whose id this process itself has worked out. Raises StorageError."""
         mine = f"{os.getpid()}-{threading.get_ident()}"
         partial = self.folder / f".{object_id}.{mine}.part"
         try:
             handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
             with os.fdopen(handle, "wb", buffering=0) as file:
-                left = memoryview(content)
-                while left:
-                    left = left[file.write(left) :]
+                for piece in pieces:
+                    left = memoryview(piece)
+                    while left:
+                        left = left[file.write(left) :]
             partial.replace(self._laid(object_id))
         except OSError as error:
             with suppress(OSError):

@@ -65,11 +65,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The HTTP response. status 0: nothing yet, ask again with the same id."""
+    """The HTTP response. status 0: nothing yet, ask again with the same id.
+
+    more: follows the body, so that a large object need not be copied to stand behind its head.
+    """
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
+    more: bytes = b""
 
 
 def encode(message: Call | Answer) -> bytes:
@@ -80,7 +84,8 @@ def encode(message: Call | Answer) -> bytes:
     else:
         about |= {"status": message.status}
     head = json.dumps(about).encode()
-    return len(head).to_bytes(4, "big") + head + message.body
+    more = message.more if isinstance(message, Answer) else b""
+    return b"".join([len(head).to_bytes(4, "big"), head, message.body, more])
 
 
 def decode_call(raw: bytes) -> Call:

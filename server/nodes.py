@@ -74,18 +74,13 @@ def with_key(call: str, body: bytes, public: bytes) -> bytes:
     Raises:
         FederationError: not such a request.
     """
-    request = _parsed(call, body)
+    request = parsed(call, body)
     request.public_key = public
     return bytes(request.SerializeToString(deterministic=True))
 
 
-def speakers(call: str, body: bytes) -> set[int]:
-    """All node ids that a call claims to speak for.
-
-    Raises:
-        FederationError: not such a request.
-    """
-    request = _parsed(call, body)
+def speakers(call: str, request: Any) -> set[int]:
+    """All node ids that a parsed call claims to speak for."""
     if call in ("deactivate-node", "unregister-node"):
         return {int(request.node_id)}
     claimed = {int(request.node.node_id)}
@@ -96,7 +91,7 @@ def speakers(call: str, body: bytes) -> set[int]:
 
 def answered(body: bytes) -> list[str]:
     """Ids of the messages that a push-messages call answers."""
-    request = _parsed("push-messages", body)
+    request = parsed("push-messages", body)
     return [str(m.metadata.reply_to_message_id) for m in request.messages_list]
 
 
@@ -122,23 +117,11 @@ def lacking(answer: bytes) -> list[str]:
 
 def confirmed(body: bytes) -> str:
     """The message that a confirm-message-received call is about."""
-    return str(_parsed("confirm-message-received", body).message_object_id)
+    return str(parsed("confirm-message-received", body).message_object_id)
 
 
-def fetched(body: bytes) -> str:
-    """The object that a pull-object call asks for."""
-    return str(_parsed("pull-object", body).object_id)
-
-
-def pushed(body: bytes) -> tuple[str, bytes]:
-    """The object that a push-object call brings, and its content."""
-    request = _parsed("push-object", body)
-    return str(request.object_id), bytes(request.object_content)
-
-
-def with_ticket(body: bytes) -> bytes:
-    """A push-object call with a ticket in the place of the content."""
-    request = _parsed("push-object", body)
+def with_ticket(request: Any) -> bytes:
+    """A parsed push-object call with a ticket in the place of the content."""
     request.object_content = ticket(request.object_id)
     return bytes(request.SerializeToString())
 
@@ -151,12 +134,17 @@ def is_ticket(answer: bytes, object_id: str) -> bool:
     return bool(got.object_content == ticket(object_id))
 
 
-def available(content: bytes) -> bytes:
-    """The answer to a pull-object call that brings an object."""
-    got = message_pb2.PullObjectResponse(
-        object_found=True, object_available=True, object_content=content
-    )
-    return bytes(got.SerializeToString())
+def available(size: int) -> bytes:
+    """What the answer to a pull-object call begins with; an object of that size follows.
+
+    Fields 1 and 2 (found, available), then field 3 (the bytes) with its length as a varint:
+    protobuf.dev/programming-guides/encoding.
+    """
+    length = bytearray()
+    while size >= 128:
+        length.append(size % 128 | 128)
+        size //= 128
+    return b"\x08\x01\x10\x01\x1a" + bytes([*length, size])
 
 
 def activated(answer: bytes) -> int:
@@ -193,7 +181,8 @@ COMING = bytes(
 NOT_STORED = bytes(message_pb2.PushObjectResponse(stored=False).SerializeToString())
 
 
-def _parsed(call: str, body: bytes) -> Any:
+def parsed(call: str, body: bytes) -> Any:
+    """A call's request. Raises FederationError where it is none."""
     try:
         return _REQUESTS[call].FromString(body)
     except (DecodeError, KeyError):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from medfl.common.errors import StorageError
 from medfl.common.shelf import LARGE, Shelf, ticket
@@ -24,6 +25,8 @@ _KEPT_MESSAGES = 16
 # Answers that a SuperNode would give up at too early are repeated: for s, every s.
 _COMING_S, _COMING_NAP_S = 2.0, 0.02
 _BUSY_S, _BUSY_NAP_S = 30.0, 0.5
+# For so long after the SuperLink let a node fetch, it is not asked about each object again.
+_ALIVE_S = 1.0
 _PROTOBUF = {"content-type": "application/x-protobuf"}
 
 # One call to the SuperLink, with this body.
@@ -37,16 +40,20 @@ class Parcels:
         self._given: OrderedDict[str, frozenset[str]] = OrderedDict()
         self._wanted: dict[str, Answer | None] = {}
         self._lock = threading.Lock()
+        # When the SuperLink last let this node fetch: it does so while the run goes on.
+        self._alive = -_ALIVE_S
 
     def arrived(self) -> None:
         """A new SuperNode: it has no message."""
         with self._lock:
+            self._alive = -_ALIVE_S
             self._given.clear()
             self._wanted.clear()
 
     def give(self, trees: Mapping[str, frozenset[str]]) -> None:
         """Messages were handed over, by id, with the ids of their objects."""
         with self._lock:
+            self._alive = -_ALIVE_S  # they may be of another run
             self._given.update(trees)
             while len(self._given) > _KEPT_MESSAGES:
                 self._given.popitem(last=False)
@@ -61,30 +68,37 @@ class Parcels:
         with self._lock:
             self._wanted = dict.fromkeys(object_ids)
 
-    def fetch(self, body: bytes, ask: Ask, shelf: Shelf | None) -> Answer:
+    def fetch(self, request: Any, body: bytes, ask: Ask, shelf: Shelf | None) -> Answer:
         """The answer to a pull-object call; 403, as where the run is over, if it is not theirs."""
-        object_id = nodes.fetched(body)
+        object_id = str(request.object_id)
         with self._lock:
             if not any(object_id in ids for ids in self._given.values()):
                 return Answer(403)
+            lately = time.monotonic() - self._alive < _ALIVE_S
+        if lately and shelf is not None:
+            content = shelf.read(object_id)
+            if content is not None:
+                return Answer(200, _PROTOBUF, nodes.available(len(content)), content)
         until = time.monotonic() + _COMING_S
         while True:
             answer = ask(body)
             if answer.status != 200:
                 return answer
+            with self._lock:
+                self._alive = time.monotonic()
             if shelf is not None and nodes.is_ticket(answer.body, object_id):
                 content = shelf.read(object_id)
                 if content is not None:
-                    return Answer(200, answer.headers, nodes.available(content))
+                    return Answer(200, answer.headers, nodes.available(len(content)), content)
             elif not nodes.on_its_way(answer.body):
                 return answer
             if time.monotonic() > until:
                 return Answer(200, answer.headers, nodes.COMING)
             time.sleep(_COMING_NAP_S)
 
-    def store(self, body: bytes, ask: Ask, shelf: Shelf | None) -> Answer:
+    def store(self, request: Any, body: bytes, ask: Ask, shelf: Shelf | None) -> Answer:
         """The answer to a push-object call; a repeated one takes effect once."""
-        object_id, content = nodes.pushed(body)
+        object_id, content = str(request.object_id), bytes(request.object_content)
         with self._lock:
             if object_id not in self._wanted:
                 return Answer(403)
@@ -95,7 +109,7 @@ class Parcels:
             return Answer(200, _PROTOBUF, nodes.NOT_STORED)
         large = shelf is not None and len(content) >= LARGE
         if large:
-            body = nodes.with_ticket(body)
+            body = nodes.with_ticket(request)
         until = time.monotonic() + _BUSY_S
         while True:
             try:

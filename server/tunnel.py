@@ -14,6 +14,8 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import grpc
 
@@ -148,7 +150,8 @@ class Gate:
     ) -> Answer:
         if name in _ARRIVALS:
             return self._arrive(site, guest, name, call)
-        claimed = nodes.speakers(name, call.body)
+        request = nodes.parsed(name, call.body)
+        claimed = nodes.speakers(name, request)
         if guest.node_id is None and len(claimed) == 1:
             # After the coordinator's restart: Flower checks that key and id belong together.
             pass
@@ -162,7 +165,7 @@ class Gate:
             if guest.uploaded > MAX_UPLOAD:
                 log.warning("site=%s uploads more than an update can be; refused", site)
                 return Answer(413)
-        answer = self._work(site, guest, name, call, active)
+        answer = self._work(site, guest, name, call, request, active)
         if answer.status == 200:
             guest.node_id = next(iter(claimed))
             self._roster.heard(site, guest.node_id)
@@ -192,13 +195,20 @@ class Gate:
         return answer
 
     def _work(
-        self, site: str, guest: _Guest, name: str, call: Call, active: Callable[[], bool]
+        self,
+        site: str,
+        guest: _Guest,
+        name: str,
+        call: Call,
+        request: Any,
+        active: Callable[[], bool],
     ) -> Answer:
         if name == "pull-messages":
             return self._held(site, guest, call, active)
         if name in ("pull-object", "push-object"):
             move = guest.parcels.fetch if name == "pull-object" else guest.parcels.store
-            return move(call.body, lambda body: self._pass(guest, call, body), self._shelf)
+            ask = partial(self._pass, guest, call)
+            return move(request, call.body, ask, self._shelf)
         return self._pass(guest, call, call.body)
 
     def _held(self, site: str, guest: _Guest, call: Call, active: Callable[[], bool]) -> Answer:
