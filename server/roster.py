@@ -84,9 +84,14 @@ def _part_of(reply: Reply) -> tuple[LocalStatistics | None, str]:
 
 def ask(sites: Sites, roster: Roster, asked: Instruction) -> Iterator[Reply]:
     """Replies under the names that the sites took part with."""
-    replies = sites.ask((address, asked) for address in roster.values())
-    for name, reply in zip(roster, replies, strict=True):
-        why = reply.refusal
-        if not why and (reply.site, reply.round) != (name, asked.round):
-            why = "answer to another question"
-        yield Reply(site=name, round=asked.round, refusal=why) if why else reply
+    replies = iter(sites.ask((address, asked) for address in roster.values()))
+    # Nothing here may hold a reply while the next one comes: each is as large as the model.
+    for name in roster:
+        yield _named(name, asked, next(replies))
+
+
+def _named(name: str, asked: Instruction, reply: Reply) -> Reply:
+    why = reply.refusal
+    if not why and (reply.site, reply.round) != (name, asked.round):
+        why = "answer to another question"
+    return Reply(site=name, round=asked.round, refusal=why) if why else reply

@@ -251,6 +251,7 @@ class _Admitted:
         for reply in self._proportion.admit(self._sound()):
             self.replies.append(replace(reply, delta={}, control={}))
             yield reply
+            del reply  # else it would lie in memory until the next one is there
         for site in self._proportion.left_out:
             self._leave_out(site, OUT_OF_PROPORTION)
 
@@ -260,6 +261,7 @@ class _Admitted:
             self.bytes_up += size(reply.delta) + size(reply.control)
             kind = federation.study.federation.updates
             update, fault = opened(reply, asked, federation.travels, kind)
+            del reply  # packed; it would lie in memory beside what it was unpacked to
             if fault is None:
                 announced = federation.prepared.cases[update.site]
                 fault = fault_of(update, asked, federation.travels, announced)
@@ -267,6 +269,7 @@ class _Admitted:
                 yield update
             else:
                 self._leave_out(update.site, fault)
+            del update
 
     def _leave_out(self, site: str, why: str) -> None:
         self.left_out[site] = why
@@ -277,7 +280,7 @@ def _ask(federation: _Federation, roster: Roster, asked: Instruction) -> Iterato
     """Replies that say nothing but what was asked."""
     task, evaluation = federation.study.task, federation.study.evaluation
     names = frozenset(evaluation.metrics or default_metrics(task))
-    return (cleaned(reply, names) for reply in ask(federation.sites, roster, asked))
+    return map(lambda reply: cleaned(reply, names), ask(federation.sites, roster, asked))
 
 
 def _judge_last(federation: _Federation, model: Model) -> tuple[RoundRecord, Model]:
