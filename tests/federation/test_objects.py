@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, Metadata, RecordDict
+from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse, PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import NoObjectInStoreError
 
-from medfl.common.flower_objects import redeemed
+from medfl.client.objects import ShelfObjectStore, shelved, unshelved
+from medfl.common.flower_objects import announced_of, fixed, redeemed
 from medfl.common.shelf import Shelf, ticket
 from medfl.server.objects import FileObjectStore
 
@@ -143,3 +145,51 @@ def test_files_and_database_agree_after_a_restart(tmp_path: Path) -> None:
     again.put(second, ticket(second))
     assert shelf(tmp_path).read(second) == objects[second].deflate()
     assert {f.name for f in (tmp_path / "objects").iterdir()} == {first, second}
+
+
+def test_a_supernode_passes_tickets_on_and_its_deletions_empty_the_shelf(tmp_path: Path) -> None:
+    lying, made = shelf(tmp_path), record(1)
+    kept, objects = ShelfObjectStore(lying), get_all_nested_objects(made)
+    chunk = next(i for i, o in objects.items() if type(o).__name__ == "ArrayChunk")
+    whole = objects[chunk].deflate()
+    asked = PullObjectRequest(object_id=chunk).SerializeToString()
+
+    def given(content: bytes) -> bytes:
+        answer = PullObjectResponse(
+            object_found=True, object_available=True, object_content=content
+        )
+        return shelved(lying, asked, answer.SerializeToString())
+
+    # What is not the object that was asked for comes as it is, and the store refuses it.
+    false = PullObjectResponse.FromString(given(whole[:-1] + b"x")).object_content
+    assert false == whole[:-1] + b"x"
+    kept.preregister(7, get_object_tree(made))
+    with pytest.raises(ValueError, match="does not match"):
+        kept.put(chunk, false)
+    with pytest.raises(ValueError, match="nothing lies"):
+        kept.put(chunk, ticket(chunk))
+    got = PullObjectResponse.FromString(given(whole)).object_content
+    assert got == ticket(chunk)
+    kept.put(chunk, got)
+    assert kept.get(chunk) == ticket(chunk)
+    call = PushObjectRequest(object_id=chunk, object_content=ticket(chunk), session_id="7")
+    sent = PushObjectRequest.FromString(unshelved(lying, call.SerializeToString()))
+    assert (sent.object_content, sent.session_id) == (whole, "7")
+    kept.delete(made.object_id)
+    assert list((tmp_path / "objects").iterdir()) == []
+
+
+def test_a_chunk_that_is_hashed_where_it_lies_has_flowers_id(tmp_path: Path) -> None:
+    made = record(3)
+    flowers = get_object_tree(made)
+    assert get_object_tree(fixed(record(3))) == flowers
+    about = Metadata(7, "", 1, 2, "", "", 0.0, 60.0, "query.prepare")
+    announced = announced_of(Message(content=fixed(record(3)), metadata=about))  # type: ignore[call-overload]
+    pushed: dict[str, bytes] = {}
+    announced.push(set(announced.objects), pushed.__setitem__, shelf(tmp_path))
+    for object_id, found in get_all_nested_objects(made).items():
+        if type(found).__name__ == "ArrayChunk":
+            laid = shelf(tmp_path).laid(object_id)
+            assert laid is not None
+            assert laid.read_bytes() == found.deflate()
+            assert pushed[object_id] == ticket(object_id)
