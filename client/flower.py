@@ -218,8 +218,8 @@ class Task:
         """What is asked. Raises FederationError for anything that is no instruction."""
         return unpack_instruction(from_record(self.message.content))
 
-    def payload(self) -> bytes:
-        """The message for another process."""
+    def payload(self) -> list[bytes | memoryview]:
+        """The message for another process, in pieces."""
         return as_text(self.message)
 
     def answer(self, reply: Reply | bytes | bytearray) -> None:
@@ -278,8 +278,8 @@ class Task:
             raise NodeGone(f"a task was not given ({type(error).__name__})") from error
 
 
-def as_text(message: Message) -> bytes:
-    """A message for another process of this machine."""
+def as_text(message: Message) -> list[bytes | memoryview]:
+    """A message for another process of this machine, in pieces that are to be joined."""
     bare = message_to_proto(remove_content_from_message(message))
     return joined(bytes(bare.SerializeToString()), message.content)
 
@@ -300,7 +300,7 @@ def run_payload(
     """
     message = from_text(payload)
     context = Context(run_id, node_id, {}, RecordDict(), {"study": study})
-    return as_text(app(message, context))
+    return b"".join(as_text(app(message, context)))
 
 
 def _runtime(address: str, more: ProtobufClientInterceptor) -> RuntimeHttpClient:

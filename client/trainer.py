@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def frame(payload: bytes, run_id: int, node_id: int, study: str) -> bytes:
-    """One task as the runner sends it."""
+def frame(payload: Iterable[bytes | memoryview], run_id: int, node_id: int, study: str) -> bytes:
+    """One task as the runner sends it. payload: in pieces."""
     head = json.dumps({"run_id": run_id, "node_id": node_id, "study": study}).encode()
-    return len(head).to_bytes(4, "big") + head + payload
+    return b"".join([len(head).to_bytes(4, "big"), head, *payload])
 
 
 def work(find_hospital: FindHospital) -> Callable[[bytes | bytearray], bytes]:
