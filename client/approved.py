@@ -12,6 +12,7 @@ from medfl.client.consent import Refusal, allowed
 from medfl.client.data.lineage import Used, lineage_path, record_round
 from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
+from medfl.client.secure_site import Identity
 from medfl.common.errors import PolicyRefused
 from medfl.common.messages import Envelope, Instruction
 from medfl.common.private_files import (
@@ -21,6 +22,7 @@ from medfl.common.private_files import (
     write_private,
 )
 from medfl.common.receipts import Seal, asked_by, attach, content_of, seal
+from medfl.common.signing import public_of
 from medfl.common.site import Site, load_site
 from medfl.common.study import Study
 
@@ -129,7 +131,17 @@ class Approved:
             privacy=site.privacy,
             device=device_of(site),
             ledger_folder=site.ledger,
+            identity=self._identity(),
         )
+
+    def _identity(self) -> Identity:
+        """Of this site; others' keys are those that are pinned when they are asked for."""
+        key = self.home.signing_key()
+
+        def key_of(site: str) -> str | None:
+            return public_of(key) if site == self.name else self.home.enrolment().sites.get(site)
+
+        return Identity(key, key_of)
 
 
 def hospitals(argument: str) -> Approved:

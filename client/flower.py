@@ -65,9 +65,9 @@ _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 def client_app(find_hospital: FindHospital) -> ClientApp:
     """A ClientApp that answers for the hospital which `find_hospital` knows the context by.
 
-    Flower's message types are query.prepare, train.round and evaluate.finish; all take the same
-    way, because the instruction itself says what is asked. Where `find_hospital` has a `seal`
-    (`medfl.client.approved`), each answer gets one.
+    Flower's message types are query.prepare, train.round, evaluate.finish, and query.keys, .shares
+    and .unmask of a secure sum; all take the same way, because the instruction itself says what is
+    asked. Where `find_hospital` has a `seal` (`medfl.client.approved`), each answer gets one.
     """
     app = ClientApp()
     seal = getattr(find_hospital, "seal", None)
@@ -90,7 +90,8 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
             content = to_record(_told_anyway(sealed, pack(refusal(site, error, round_))))
         return Message(content, reply_to=message)
 
-    app.query("prepare")(handle)
+    for step in ("prepare", "keys", "shares", "unmask"):
+        app.query(step)(handle)
     app.train("round")(handle)
     app.evaluate("finish")(handle)
     return app

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medfl.client import budget, home, private_site
+from medfl.client import budget, home, private_site, secure_site
 from medfl.client.data.cases import Cohort
 from medfl.client.encoding import case_set, local_statistics
 from medfl.client.evaluate import evaluate, rounded
 from medfl.client.ledger import Entry, Ledger
 from medfl.client.outgoing import outgoing
 from medfl.client.released import withheld
+from medfl.client.secure_site import Identity
 from medfl.client.training.plan import TrainPlan
 from medfl.common import tensors
 from medfl.common.errors import PolicyRefused
@@ -54,6 +55,7 @@ class Hospital:
     simulated: of public or made-up data, and to be repeated: noise comes from the run's seed,
         cases are counted, and the ledger begins with the run. Elsewhere noise has no seed.
     ledger_folder: where a real hospital's ledger lies, the same for all studies.
+    identity: signs the keys of secure sums and knows the others'; a simulation makes its own.
     said: the last answer of a real hospital, by what was asked.
     """
 
@@ -66,6 +68,7 @@ class Hospital:
     device: str = "cpu"
     simulated: bool = False
     ledger_folder: Path | None = None
+    identity: Identity | None = field(default=None, repr=False)
     said: dict[str, Reply] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -117,9 +120,11 @@ def answer(hospital: Hospital, asked: Instruction) -> Reply:
     """
     started = time.monotonic()
     _refuse_forbidden(hospital, asked)
-    question = pack(replace(asked, attempt=0)).about
+    if asked.kind == "round":
+        secure_site.expect(hospital, asked)
+    question = pack(replace(asked, attempt=0, secure={})).about
     if question in hospital.said:
-        return hospital.said[question]
+        return secure_site.masked(hospital, asked, hospital.said[question])
     reply = _ANSWERS[asked.kind](hospital, asked)
     reply = replace(
         reply,
@@ -131,7 +136,7 @@ def answer(hospital: Hospital, asked: Instruction) -> Reply:
     if asked.model and not hospital.simulated:
         hospital.said.clear()
         hospital.said[question] = reply
-    return reply
+    return secure_site.masked(hospital, asked, reply)
 
 
 def _refuse_forbidden(hospital: Hospital, asked: Instruction) -> None:
@@ -146,6 +151,11 @@ def _refuse_forbidden(hospital: Hospital, asked: Instruction) -> None:
         raise PolicyRefused(
             f"policy.tasks of this site does not have {study.task.kind!r}. "
             "Add it if the hospital wants to take part."
+        )
+    if policy.require_secure_aggregation and study.secure_aggregation is None:
+        raise PolicyRefused(
+            "This site's policy requires secure aggregation, and the study has no "
+            "[secure_aggregation]: the coordinator would see this hospital's update."
         )
     if hospital.terms is not None:
         budget.refuse_undeclared(hospital.terms)
@@ -205,21 +215,32 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
     if stays:
         layers = {n: a for n, a in after.items() if n in stays}
         home.layers(hospital.state).save(asked.round, layers, also=asked.best_round)
+    sent_delta, sent_control = _leaving(
+        hospital,
+        asked,
+        {n: a.astype(np.float32, copy=False) for n, a in delta.items() if n not in stays},
+        {n: a for n, a in control.items() if n not in stays},
+    )
     reply = Reply(
         site=hospital.name,
         n_cases=len(cases) if hospital.terms is None else hospital.terms.n_cases or 1,
         steps=outcome.steps,
         loss=outcome.loss,
         metrics=metrics,
-        delta=outgoing(
-            hospital.state,
-            asked.round,
-            {n: a.astype(np.float32, copy=False) for n, a in delta.items() if n not in stays},
-            study.federation.updates,
-        ),
-        control=pack_exactly({n: a for n, a in control.items() if n not in stays}),
+        delta=sent_delta,
+        control=sent_control,
     )
     return _with_spent(hospital, reply)
+
+
+def _leaving(
+    hospital: Hospital, asked: Instruction, delta: Tensors, control: Tensors
+) -> tuple[Tensors, Tensors]:
+    """The update as it travels; in a secure sum as it is, because `secure_site` masks it last."""
+    if hospital.study.secure_aggregation is not None:
+        return delta, control
+    kind = hospital.study.federation.updates
+    return outgoing(hospital.state, asked.round, delta, kind), pack_exactly(control)
 
 
 def _finish(hospital: Hospital, asked: Instruction) -> Reply:
@@ -231,7 +252,10 @@ def _finish(hospital: Hospital, asked: Instruction) -> Reply:
 
 _ANSWERS: Mapping[str, Callable[[Hospital, Instruction], Reply]] = {
     "prepare": _prepare,
+    "keys": secure_site.keys,
+    "shares": secure_site.shares,
     "round": _round,
+    "unmask": secure_site.unmask,
     "finish": _finish,
 }
 

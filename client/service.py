@@ -35,6 +35,8 @@ from medfl.common.stopping import set_by_signals
 log = logging.getLogger(__name__)
 
 _REPORT_S = 5.0
+# Sites that enrolled meanwhile: their keys are needed in a secure sum.
+_GREET_S = 60.0
 _RENEW_S = 6 * 3600.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0
 FINDER = "medfl.client.approved:hospitals"
@@ -151,7 +153,7 @@ def _report(
     stopping: threading.Event,
 ) -> None:
     """Say every few seconds that this site is there; show the log's head when it has grown."""
-    renewed = time.monotonic()
+    renewed = greeted = time.monotonic()
     shown, lost = home.audit.head().n, False
     _note(home, "connected")
     while not stopping.wait(_REPORT_S):
@@ -161,6 +163,9 @@ def _report(
                 said("Connected again.")
                 # Whoever is back may have been put back from a backup: look at its log now.
                 lost, shown = False, -1
+            if time.monotonic() - greeted > _GREET_S:
+                greeted = time.monotonic()
+                enrolment.greet(home, line, session, __version__)
             if home.audit.head().n != shown:
                 witness.exchange(home, line, ledger)
                 consent.fetch(home, line)

@@ -75,6 +75,10 @@ def _leaves(study: Study, site: Site | None) -> Iterator[str]:
     else:
         yield "  each round: the noised change of the weights, the declared number of cases,"
         yield "  and the privacy spent so far."
+    if study.secure_aggregation is not None:
+        least = max(study.federation.min_sites, 0 if site is None else site.policy.min_sum_sites)
+        yield "  The change of the weights leaves under masks: the coordinator learns the sum over"
+        yield f"  at least {least} hospitals and no single one's."
     yield "What never leaves: images, records, file names, patients' names and numbers."
 
 

@@ -33,8 +33,8 @@ from medfl.common.signing import canonical
 MANIFEST = "manifest.json"
 _MAX_MANIFEST = 64 * 1024 * 1024
 _BLOCK = 1024 * 1024
-# Of processes that run, or unfinished.
-_NOT_KEPT = (".lock", ".part", ".pid", ".torn")
+# Of processes that run, or unfinished; and secrets of one round, which are to be nowhere else.
+_NOT_KEPT = (".lock", ".part", ".pid", ".torn", ".once")
 
 
 @dataclass(frozen=True, slots=True)

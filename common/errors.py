@@ -9,6 +9,7 @@ MedflError (1)
 │   └── OtherCode          the coordinator sent code with a study
 ├── FederationError (6)    too few sites answered, or their answers cannot be combined
 │   └── TrainerDied        a hospital's training process ended before it answered
+│   └── NotFinite          training gave an update with NaN or infinities
 │   └── TooFewUpdates      one round has too few for its strategy; the round is void, not the run
 │   └── LogRolledBack      an audit log is shorter than it was; a person must say that it may be
 ├── StorageError (7)       the disk is full or a file of ours is damaged
@@ -79,6 +80,10 @@ class FederationError(MedflError):
 
 class TooFewUpdates(FederationError):
     """One round has fewer updates than its strategy can do with; the round is void."""
+
+
+class NotFinite(FederationError):
+    """Training gave an update that is not finite, where nobody could see that in the sum."""
 
 
 class LogRolledBack(FederationError):

@@ -20,6 +20,7 @@ from medfl.common.errors import (
     ConfigError,
     DataError,
     FederationError,
+    NotFinite,
     OtherCode,
     PolicyRefused,
     StorageError,
@@ -51,6 +52,7 @@ class Instruction:
 
     kind: prepare = send statistics; round = evaluate the weights on the validation part, then
         train; finish = evaluate the weights on `parts` and keep the results on the hospital's disk.
+        keys, shares, unmask = the steps of a secure sum around a round (`medfl.common.secure`).
     study_digest: the study this belongs to; a hospital answers for no other.
     run: a name that separates several runs of one study, such as a comparison's baselines.
     round, best_round: 1-based; best_round is the best so far (0 = none), for layers kept at home.
@@ -58,11 +60,12 @@ class Instruction:
     model: digest of `weights`, "" in prepare.
     seed: of the run; each hospital derives its own streams from it.
     shared: plain form of `medfl.common.statistics.Shared`; empty in prepare.
+    secure: plain form of what a step of a secure sum says.
     weights: the global model. control: the coordinator's control variate (SCAFFOLD).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
-    kind: Literal["prepare", "round", "finish"]
+    kind: Literal["prepare", "keys", "shares", "round", "unmask", "finish"]
     study_digest: str
     run: str
     round: int = 0
@@ -71,6 +74,7 @@ class Instruction:
     model: str = ""
     seed: int = 0
     shared: Mapping[str, Any] = field(default_factory=dict)
+    secure: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[Part, ...] = ()
     weights: Tensors = field(default_factory=dict)
     control: Tensors = field(default_factory=dict)
@@ -85,8 +89,9 @@ class Reply:
     epsilon: privacy spent so far by this study's training, None without it.
     counts: cases by part. left_out: cases left out, by reason. statistics: plain form of
         `LocalStatistics`, in prepare only. refusal: why the hospital takes no part, "" else.
+    secure: plain form of what a step of a secure sum answers.
     delta: local minus global weights. control: change of the site's control variate (SCAFFOLD).
-        Both may travel packed (`medfl.common.packing`).
+        Both may travel packed (`medfl.common.packing`), or masked together as one array of `delta`.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -104,6 +109,7 @@ class Reply:
     cohort: str = ""
     statistics: Mapping[str, Any] = field(default_factory=dict)
     refusal: str = ""
+    secure: Mapping[str, Any] = field(default_factory=dict)
     delta: Tensors = field(default_factory=dict)
     control: Tensors = field(default_factory=dict)
 
@@ -121,6 +127,7 @@ _DECODERS: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in _
 _REFUSALS: dict[type[Exception], str] = {
     OtherCode: "code came with the study",
     TrainerDied: "training process ended",
+    NotFinite: "value that is not finite",
     PolicyRefused: "not allowed by the hospital's policy",
     BudgetSpent: "privacy budget spent",
     DataError: "data cannot serve the study",

@@ -20,6 +20,8 @@ class Policy:
     min_cases: fewer training cases than this, and the site takes no part.
     tasks: kinds of task allowed.
     round_metrics_to: decimals of metrics that leave the hospital.
+    require_secure_aggregation: train only in studies whose updates are summed under masks.
+    min_sum_sites: under masks, the fewest hospitals (this one counted) whose sum may be seen.
     smallest_count: a number of cases below this does not leave, nor do metrics of so few; with
         fewer training cases the site takes no part.
     """
@@ -31,6 +33,8 @@ class Policy:
         "risk",
     )
     round_metrics_to: Count = 4
+    require_secure_aggregation: bool = False
+    min_sum_sites: Annotated[int, Field(ge=2)] = 3
     smallest_count: Count = 5
 
 

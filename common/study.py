@@ -192,6 +192,29 @@ class Federation:
 
 
 @written
+class SecureAggregation:
+    """The coordinator learns the sum of the hospitals' updates and no single one.
+
+    It serves strategies that need only the sum. Numbers travel as integers: federation.updates
+    says in how many bytes (float32: 4, float16: 3, int8: 2), and the step between two of them is
+    2 * range * sites / 256^bytes.
+
+    threshold: more than this share of a round's hospitals must be there to the end of it, or it is
+        void. Two thirds bear a coordinator that tells hospitals different things; below half is no
+        protection, and is refused.
+    range: what a parameter may change in a round; beyond it the change is cut off.
+    control_range: the same of a control variate (scaffold).
+    max_norm: an update whose L2 norm is longer is shortened to it, by the hospital itself: the
+        coordinator cannot see how long one is.
+    """
+
+    threshold: Annotated[float, Field(ge=0.5, lt=1)] = 2 / 3
+    range: Positive = 1.0
+    control_range: Positive | None = None
+    max_norm: Positive | None = None
+
+
+@written
 class Privacy:
     """Differential privacy that every hospital trains under; a hospital may ask for more.
 
@@ -326,6 +349,7 @@ class Study:
     image: ImageInput | None = None
     record: RecordInput | None = None
     privacy: Privacy | None = None
+    secure_aggregation: SecureAggregation | None = None
     site_privacy: SiteLevelPrivacy | None = None
     evaluation: Evaluation = Evaluation()
     quality: Quality = Quality()
@@ -344,10 +368,17 @@ class Study:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def with_strategy(self, strategy: str) -> Study:
-        """The same study under another strategy with that strategy's default options."""
+        """The same study under another strategy with that strategy's default options.
+
+        In the open: it is for comparisons on one machine, and some strategies compare updates.
+        """
         if strategy == self.federation.strategy:
             return self
-        return replace(self, federation=replace(self.federation, strategy=strategy, options=None))
+        return replace(
+            self,
+            federation=replace(self.federation, strategy=strategy, options=None),
+            secure_aggregation=None,
+        )
 
     def faults(self) -> list[str]:
         """Contradictions between keys, one line each."""
@@ -489,6 +520,23 @@ def _privacy_faults(study: Study) -> list[str]:
     return faults
 
 
+def _secure_faults(study: Study) -> list[str]:
+    if study.secure_aggregation is None:
+        return []
+    faults = []
+    if study.federation.min_sites < 2:
+        faults.append(
+            "federation.min_sites: must be at least 2 with [secure_aggregation], and better 3: the "
+            "sum of one update is that update, and one of two hospitals can subtract its own"
+        )
+    if study.site_privacy is not None:
+        faults.append(
+            "secure_aggregation: does not go with [site_privacy] yet, whose bound on each update "
+            "the coordinator keeps; remove one of the two tables, or use [privacy]"
+        )
+    return faults
+
+
 def unprotected(study: Study) -> list[str]:
     """What all hospitals compute from their records without noise, and get to know; with remedies.
 
@@ -582,6 +630,7 @@ _CHECKS = (
     _training_faults,
     _federation_faults,
     _privacy_faults,
+    _secure_faults,
     _site_privacy_faults,
     _evaluation_faults,
     _simulation_faults,

@@ -20,7 +20,14 @@ from medfl.server.register import Roster
 
 log = logging.getLogger(__name__)
 
-_TYPES = {"prepare": "query.prepare", "round": "train.round", "finish": "evaluate.finish"}
+_TYPES = {
+    "prepare": "query.prepare",
+    "keys": "query.keys",
+    "shares": "query.shares",
+    "round": "train.round",
+    "unmask": "query.unmask",
+    "finish": "evaluate.finish",
+}
 
 
 class FlowerSites:

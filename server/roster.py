@@ -84,10 +84,15 @@ def _part_of(reply: Reply) -> tuple[LocalStatistics | None, str]:
 
 def ask(sites: Sites, roster: Roster, asked: Instruction) -> Iterator[Reply]:
     """Replies under the names that the sites took part with."""
-    replies = iter(sites.ask((address, asked) for address in roster.values()))
+    return ask_each(sites, roster, dict.fromkeys(roster, asked))
+
+
+def ask_each(sites: Sites, roster: Roster, asked: Mapping[str, Instruction]) -> Iterator[Reply]:
+    """The same, where each site is asked something of its own; in the order of `asked`."""
+    replies = iter(sites.ask((roster[name], one) for name, one in asked.items()))
     # Nothing here may hold a reply while the next one comes: each is as large as the model.
-    for name in roster:
-        yield _named(name, asked, next(replies))
+    for name, one in asked.items():
+        yield _named(name, one, next(replies))
 
 
 def _named(name: str, asked: Instruction, reply: Reply) -> Reply:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,7 +28,8 @@ from medfl.common.study import Study
 from medfl.common.tensors import Array, Tensors
 from medfl.server.checkpoint import Checkpoint, Model
 from medfl.server.records import Best, RoundRecord, named, round_record, size
-from medfl.server.roster import Prepared, Roster, Sites, ask, prepare
+from medfl.server.roster import Prepared, Roster, Sites, ask, ask_each, prepare
+from medfl.server.secure_round import Ahead, SecureRound, Terms
 from medfl.strategies.admission import cleaned, fault_of, opened
 from medfl.strategies.catalogue import WEIGHTINGS, strategy_for
 from medfl.strategies.home import home_names
@@ -65,7 +66,11 @@ class Earlier:
 
 @dataclass(frozen=True, slots=True)
 class _Federation:
-    """What stays the same over all rounds. travels: parameters that sites send."""
+    """What stays the same over all rounds.
+
+    travels: parameters that sites send. ahead: by round, the keys of its secure sum that the round
+        before has left; lost with the process, and then made anew.
+    """
 
     study: Study
     strategy: Strategy
@@ -73,6 +78,7 @@ class _Federation:
     prepared: Prepared
     say: Instruction
     travels: frozenset[str]
+    ahead: dict[int, Ahead] = field(default_factory=dict)
 
     @property
     def roster(self) -> Roster:
@@ -200,9 +206,13 @@ def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRec
     )
     limit = study.federation.norm_limit if federation.strategy.compares else math.inf
     proportion = Proportion(remembered(model.state), limit)
-    admitted = _Admitted(federation, {n: roster[n] for n in drawn}, asked, proportion)
+    admitted: _Admitted | SecureRound
+    if study.secure_aggregation is None:
+        admitted = _Admitted(federation, {n: roster[n] for n in drawn}, asked, proportion)
+    else:
+        admitted = SecureRound(_terms(federation), drawn, asked, federation.ahead.pop(number, None))
     try:
-        combined = federation.strategy.combine(admitted, WEIGHTINGS[study.federation.weighting])
+        combined = admitted.combined()
     except TooFewUpdates as error:
         log.warning("round=%d is void: %s", number, error)
         combined = Combined({}, {}, 0)
@@ -216,6 +226,8 @@ def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRec
     )
     best = model.best.or_this(number - 1, record.metrics, model.weights)
     model = replace(model, best=best)
+    if isinstance(admitted, SecureRound) and admitted.ahead is not None:
+        federation.ahead[number + 1] = admitted.ahead
     model = model if record.void else _moved(federation, model, combined)
     if study.site_privacy is not None:
         record = replace(record, epsilon=spent(study, model.state.round))
@@ -246,6 +258,11 @@ class _Admitted:
         self.replies: list[Reply] = []
         self.left_out: dict[str, str] = {}
         self.bytes_up = 0
+
+    def combined(self) -> Combined:
+        """The updates as the strategy makes one of them. Raises TooFewUpdates."""
+        federation = self._federation.study.federation
+        return self._federation.strategy.combine(self, WEIGHTINGS[federation.weighting])
 
     def __iter__(self) -> Iterator[Reply]:
         for reply in self._proportion.admit(self._sound()):
@@ -278,9 +295,22 @@ class _Admitted:
 
 def _ask(federation: _Federation, roster: Roster, asked: Instruction) -> Iterator[Reply]:
     """Replies that say nothing but what was asked."""
+    return _only_asked(federation, ask(federation.sites, roster, asked))
+
+
+def _terms(federation: _Federation) -> Terms:
+    """What a round of a secure sum needs of the federation."""
+
+    def each(asked: Mapping[str, Instruction]) -> Iterator[Reply]:
+        return _only_asked(federation, ask_each(federation.sites, federation.roster, asked))
+
+    return Terms(federation.study, federation.prepared.cases, federation.travels, each)
+
+
+def _only_asked(federation: _Federation, replies: Iterator[Reply]) -> Iterator[Reply]:
     task, evaluation = federation.study.task, federation.study.evaluation
     names = frozenset(evaluation.metrics or default_metrics(task))
-    return map(lambda reply: cleaned(reply, names), ask(federation.sites, roster, asked))
+    return map(lambda reply: cleaned(reply, names), replies)
 
 
 def _judge_last(federation: _Federation, model: Model) -> tuple[RoundRecord, Model]:

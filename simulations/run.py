@@ -81,7 +81,7 @@ def as_pooled(study: Study, n_sites: int) -> Study:
     """The study as it would be if all data lay in one place, which is what federation does without.
 
     It takes as many optimiser steps as all hospitals together (with local_epochs that is so by
-    itself), and no privacy, because nobody would have to be protected from anybody.
+    itself), no privacy and no masks, because nobody would have to be protected from anybody.
     """
     steps = study.training.local_steps
     return replace(
@@ -91,6 +91,7 @@ def as_pooled(study: Study, n_sites: int) -> Study:
             study.federation, strategy="fedavg", options=None, min_sites=1, sites_per_round=None
         ),
         privacy=None,
+        secure_aggregation=None,
         site_privacy=None,
     )
 

@@ -1,13 +1,14 @@
 """What privacy costs: one study under several epsilons and seeds, as numbers and as a figure.
 
 Every run is that of `medfl-simulate run` with another [privacy] epsilon and delta; `none` is the
-same study, steps and learning rates included, without privacy.
+same study without privacy. Its learning rate and steps are still those that were chosen for clipped
+gradients, so that it may be no good measure of what is possible: name that with --others.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,7 +63,7 @@ def curve(
     seeds: Annotated[str, typer.Option(help="Commas between.")] = "42",
     metric: Annotated[str, typer.Option(help="The metric to draw.")] = "accuracy",
     others: Annotated[
-        str, typer.Option(help="Values to compare with, such as 0.1=.606,none=.712.")
+        str, typer.Option(help="Values to compare with, such as 10=.7,none=.712.")
     ] = "",
     called: Annotated[str, typer.Option(help="Whose values those are.")] = "others",
     out: Annotated[Path, typer.Option(help="Folder for NAME.svg and NAME.json.")] = Path("utility"),
@@ -149,6 +150,14 @@ def with_setting(study: Study, setting: Setting) -> Study:
     return replace(study, privacy=privacy)
 
 
+def means_of(points: Sequence[Point]) -> dict[str, float]:
+    """Mean over the seeds by the name of a setting."""
+    names = dict.fromkeys(p.setting.name for p in points)
+    return {
+        name: float(np.mean([p.mean for p in points if p.setting.name == name])) for name in names
+    }
+
+
 def draw(
     figure: Figure,
     points: Sequence[Point],
@@ -159,21 +168,21 @@ def draw(
     """Runs as dots, their mean as a line, the settings side by side."""
     from medfl.server.report.plot import BLUE, VERMILION, only_grid
 
-    axes, names = figure.subplots(), list(dict.fromkeys(p.setting.name for p in points))
-    line: Callable[[str], float] = lambda name: float(  # noqa: E731
-        np.mean([p.mean for p in points if p.setting.name == name])
-    )
-    axes.plot(names, [line(name) for name in names], color=BLUE, label="mean over seeds")
+    axes, means = figure.subplots(), means_of(points)
+    names = sorted({*means, *others}, key=lambda name: np.inf if name == "none" else float(name))
+    axes.plot(names, [np.nan] * len(names))  # the order of the axis
+    axes.plot(list(means), list(means.values()), color=BLUE, label="mean over seeds")
     axes.scatter([p.setting.name for p in points], [p.mean for p in points], s=14, color=BLUE)
-    shown = {name: value for name, value in others.items() if name in names}
-    if shown:
+    if others:
         axes.scatter(
-            list(shown), list(shown.values()), marker="D", s=26, color=VERMILION, label=called
+            list(others), list(others.values()), marker="D", s=26, color=VERMILION, label=called
         )
         axes.legend(loc="lower right")
-    for name in names:
-        axes.annotate(f"{line(name):.3f}", (name, line(name)), (0, 8), textcoords="offset points",
-                      ha="center", color=BLUE, fontsize=8)  # fmt: skip
+    for name, mean in means.items():
+        axes.annotate(
+            f"{mean:.3f}", (name, mean), (0, 8), textcoords="offset points", ha="center",
+            color=BLUE, fontsize=8,
+        )  # fmt: skip
     axes.set_xlabel("ε of a patient, over the whole study")
     axes.set_title(f"{metric.replace('_', ' ')}, mean over the hospitals' test parts")
     axes.margins(y=0.2)

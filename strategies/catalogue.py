@@ -179,7 +179,8 @@ def strategy_for(study: Study, key: bytes | None = None) -> Strategy:
         one that is kept nowhere; a simulation hands one in to be repeated.
 
     Raises:
-        ConfigError: unknown strategy or option, or a strategy that the training cannot serve.
+        ConfigError: unknown strategy or option, or a strategy that the training or secure
+            aggregation cannot serve.
     """
     federation = study.federation
     make = STRATEGIES.get(federation.strategy)
@@ -201,11 +202,31 @@ def strategy_for(study: Study, key: bytes | None = None) -> Strategy:
             f"federation.min_sites: {federation.strategy} as it is set needs {strategy.fewest} "
             f"updates a round to stand a bad one; raise min_sites to {strategy.fewest}"
         )
+    if faults := _secure_faults(study, strategy):
+        raise ConfigError(faults)
     if study.site_privacy is None:
         return strategy
     refuse_unfit(study, strategy)
     normals = Keystream(key or fresh_key(), "site noise").normals
     return replace(strategy, combine=noised_mean(study, normals), compares=False)
+
+
+def _secure_faults(study: Study, strategy: Strategy) -> list[str]:
+    secure, name = study.secure_aggregation, study.federation.strategy
+    if secure is None:
+        return []
+    if not strategy.needs_only_a_sum:
+        serving = [n for n, make in STRATEGIES.items() if make().needs_only_a_sum]
+        return [
+            f"federation.strategy: {name} looks at single updates, and secure aggregation shows "
+            f"their sum only; use one of {', '.join(serving)}, or remove [secure_aggregation]"
+        ]
+    if strategy.local.control_variates != (secure.control_range is not None):
+        return [
+            "secure_aggregation.control_range: goes with scaffold, which sends control variates; "
+            + ("remove it" if secure.control_range else "write what one may change in a round")
+        ]
+    return []
 
 
 def study_faults(study: Study) -> list[str]:

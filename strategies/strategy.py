@@ -96,3 +96,8 @@ class Strategy:
     local: Local = Local()
     fewest: int = 1
     compares: bool = True
+
+    @property
+    def needs_only_a_sum(self) -> bool:
+        """Whether it can do with the sum of the updates, and so with secure aggregation."""
+        return self.combine is weighted_mean and self.local.keeps != "everything"

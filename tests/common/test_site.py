@@ -139,3 +139,13 @@ def test_a_delta_that_allows_to_publish_a_patient_is_refused(tmp_path: Path) -> 
     text = TEXT + PRIVATE.replace("400", "10000")
     with pytest.raises(ConfigError, match="below 1 / declared_patients"):
         load_site(written_site(tmp_path, text))
+
+
+def test_a_sum_over_two_hospitals_is_the_least_that_a_policy_can_allow(tmp_path: Path) -> None:
+    site = load_site(written_site(tmp_path, TEXT + "\n[policy]\nmin_sum_sites = 2\n"))
+    assert site.policy.min_sum_sites == 2
+    assert Site(name="a", data=site.data).policy.min_sum_sites == 3
+    path = tmp_path / "hospital" / "site.toml"
+    path.write_text(TEXT + "\n[policy]\nmin_sum_sites = 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"policy\.min_sum_sites"):
+        load_site(path)

@@ -45,6 +45,7 @@ class_weights = [1.0, 3.0]
 augment = [{ name = "flip", probability = 1.0, options = { axis = 0 } }]
 [federation]
 rounds = 5
+min_sites = 2
 strategy = "fedprox"
 options = { mu = 1.0 }
 sites_per_round = 3
@@ -54,6 +55,10 @@ best_metric = "accuracy"
 epsilon = 8.0
 delta = 1e-5
 metrics_epsilon = 1.0
+[secure_aggregation]
+threshold = 0.6
+range = 2.0
+max_norm = 5.0
 [evaluation]
 folds = 5
 fold = 1
@@ -111,7 +116,7 @@ def test_the_spelling_of_a_number_does_not_matter(one: str, other: str) -> None:
 
 
 def test_a_default_that_is_written_out_does_not_matter() -> None:
-    assert study(TEXT.replace("[federation]", "[federation]\nmin_sites = 1")).digest == DIGEST
+    assert study(TEXT.replace("[federation]", '[federation]\nweighting = "cases"')).digest == DIGEST
 
 
 def test_true_is_not_one_and_text_is_not_a_number() -> None:
@@ -262,6 +267,18 @@ CONTRADICTIONS: list[tuple[Over, str]] = [
         "privacy.metrics_epsilon: is not for multi_label tasks yet",
     ),
     (
+        {"federation": {"min_sites": 1}, "secure_aggregation": {}},
+        "federation.min_sites: must be at least 2 with [secure_aggregation]",
+    ),
+    (
+        {
+            "federation": EQUAL | {"min_sites": 3},
+            "secure_aggregation": {},
+            "site_privacy": WHOLE,
+        },
+        "secure_aggregation: does not go with [site_privacy] yet",
+    ),
+    (
         {"site_privacy": WHOLE | {"delta": 0.25}, "federation": EQUAL},
         "site_privacy.delta: must be below 1 / sites",
     ),
@@ -394,3 +411,19 @@ def test_every_check_has_a_contradiction_above() -> None:
 )
 def test_what_looks_odd_but_makes_sense_is_allowed(over: Over) -> None:
     assert faults_of(over) == []
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.49, 1.0, -1])
+def test_a_threshold_at_or_below_half_is_no_threshold(threshold: float) -> None:
+    """0.5 asks for more than half; less is refused, and all sites could never be more."""
+    with pytest.raises(ConfigError, match=r"secure_aggregation\.threshold"):
+        study(TEXT.replace("threshold = 0.6", f"threshold = {threshold}"))
+    study(TEXT.replace("threshold = 0.6", "threshold = 0.5"))
+
+
+def test_all_faults_of_secure_aggregation_come_at_once() -> None:
+    text = TEXT.replace("threshold = 0.6\nrange = 2.0", 'threshold = 0.2\nrange = 0\nrnage = "1"')
+    with pytest.raises(ConfigError) as caught:
+        study(text)
+    found = "\n".join(caught.value.faults)
+    assert all(f"secure_aggregation.{key}" in found for key in ("threshold", "range", "rnage"))

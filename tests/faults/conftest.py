@@ -28,8 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.path.is_relative_to(HERE) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(600))
         for mark in item.iter_markers("case"):
-            item.user_properties.append(("case", mark.args[0]))
-            item.user_properties.append(("did", mark.args[1]))
+            item.user_properties.append((f"case {mark.args[0]}", mark.args[1]))
             item.user_properties.append(("short", mark.kwargs.get("short", "")))
         out = item.get_closest_marker("campaign") is not None and not whole
         (left if out else chosen).append(item)
@@ -39,17 +38,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if place := os.environ.get("MEDFL_FAULTS_TABLE"):
+    place = os.environ.get("MEDFL_FAULTS_TABLE")
+    # A worker's reports reach the one who wrote the table's name; it must not write its own share.
+    if place and not os.environ.get("PYTEST_XDIST_WORKER"):
         table.note(_told, report)
         if report.when == "teardown":
             # After each test: a campaign that is broken off leaves what it has seen.
-            table.write(_told, Path(place))
+            table.write(_told, Path(place), whole=False)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     place = os.environ.get("MEDFL_FAULTS_TABLE")
     if place and not hasattr(session.config, "workerinput"):
-        if not table.write(_told, Path(place)):
+        ended = not (session.shouldstop or session.shouldfail)
+        if not table.write(_told, Path(place), whole=ended):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

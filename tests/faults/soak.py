@@ -250,7 +250,8 @@ def _wrong(made: Soak, over: runs.Run, calm: int, rounds: int) -> list[str]:
     wrong = faults_of(growth(made.weights, calm, rounds))
     if over.state != "done":
         wrong.append(f"the run is {over.state}: {over.why}")
-    left_out = [(r.round, r.left_out) for r in made.world.rounds(made.run) if r.left_out]
+    rounds_told = made.world.rounds(made.run)
+    left_out = [(r["round"], r["left_out"]) for r in rounds_told if r["left_out"]]
     wrong += [f"round {number}: left out {who}" for number, who in left_out]
     if over.state == "done" and not same(made.world.model(made.run), simulated(made.world)):
         wrong.append("the model is not the simulator's")

@@ -93,6 +93,7 @@ def test_without_a_line_in_the_ledger_nothing_is_sent(private: Any, seen: Seen) 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small tmpfs")
+@pytest.mark.campaign
 @pytest.mark.case(22, "the hospital's state folder on a tmpfs of 4 MB, filled before the run")
 def test_nothing_is_trained_on_a_full_disk(world: World, seen: Seen) -> None:
     world.init()
@@ -149,6 +150,7 @@ def fill(file: Path) -> None:
             pass
 
 
+@pytest.mark.campaign
 @pytest.mark.case(52, "the ledger put back to an earlier copy, then its whole folder deleted")
 def test_a_ledger_that_shrank_stops_the_hospital(private: Any, seen: Seen) -> None:
     world, site, _ = private()

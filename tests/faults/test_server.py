@@ -38,7 +38,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def served(world: World, **spoils: Any) -> None:
     """The server runs with these spoils; the hospitals come back by themselves (min_sites is 2)."""
     if world.server is not None and world.server.popen.poll() is None:
-        assert world.server.term(40) == 0
+        assert world.server.term(120) == 0
     world.serve(**spoils)
 
 
@@ -141,6 +141,7 @@ def test_a_stopped_server_drains_and_the_run_goes_on_later(shared: World, seen: 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small tmpfs")
+@pytest.mark.campaign
 @pytest.mark.case(14, "the runs folder on a tmpfs of 1 MB, filled while round 2 is on")
 def test_a_full_disk_pauses_the_run(shared: World, seen: Seen) -> None:
     served(shared)

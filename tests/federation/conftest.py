@@ -64,6 +64,7 @@ from pathlib import Path
 
 from medfl.client.data.cohort import build_cohort
 from medfl.client.hospital import Hospital
+from medfl.client.secure_site import simulated_identity
 from medfl.common.site import load_site
 from medfl.common.study import load_study
 
@@ -80,6 +81,7 @@ def finder(argument):
         ),
         folder=Path(about["folder"]),
         policy=site.policy,
+        identity=simulated_identity(site.name),
     )
 
     def find(context):
@@ -224,13 +226,13 @@ def write_hospitals(folder: Path, names: tuple[str, ...], n: int = 60) -> None:
         (home / "cases.csv").write_text("\n".join(rows))
         (home / "site.toml").write_text(
             f'name = "{name}"\n[data]\nformat = "table"\npath = "cases.csv"\n'
-            f'[cache]\npath = "cache"\n'
+            f'[cache]\npath = "cache"\n[policy]\nmin_sum_sites = 2\n'
         )
 
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Small]]:
-    """small(names, rounds=3): engine and sites, started; ended after the test."""
+    """small(names, rounds=3, more=""): engine and sites, started; ended after the test."""
     made: list[Small] = []
 
     def make(
@@ -238,6 +240,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         rounds: int = 3,
         min_sites: int = 1,
         hidden: str = "8",
+        more: str = "",
     ) -> Small:
         from medfl.server.engine import Engine
 
@@ -248,7 +251,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         data = tmp_path / "data"
         write_hospitals(data, names)
         study_file = tmp_path / "study.toml"
-        study_file.write_text(STUDY.format(rounds=rounds, min_sites=min_sites, hidden=hidden))
+        text = STUDY.format(rounds=rounds, min_sites=min_sites, hidden=hidden)
+        study_file.write_text(text + more)
         engine = Engine(tmp_path / "coordinator")
         engine.start()
         server, port = serve(engine, len(names))

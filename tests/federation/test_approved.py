@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,18 @@ def test_an_approved_study_finds_its_hospital_under_the_enrolled_name(world: Wor
     assert hospital.ledger_folder == load_site(world.finder.site_file).ledger
     assert not hospital.simulated
     assert world.find() is hospital
+
+
+def test_a_hospital_signs_as_enrolled_and_knows_the_keys_that_are_pinned_by_then(
+    world: World,
+) -> None:
+    world.approve()
+    identity = world.find().identity
+    home = world.finder.home
+    assert identity.key_of("north") == public_of(identity.key) == public_of(home.signing_key())
+    assert identity.key_of("south") is None
+    save_record(home.enrolment_file, replace(home.enrolment(), sites={"south": "ab" * 32}))
+    assert identity.key_of("south") == "ab" * 32
 
 
 def test_nothing_is_even_read_for_a_study_that_is_not_approved(world: World) -> None:

@@ -83,6 +83,7 @@ def world(tmp_path: Path) -> World:
     public = public_of(new_key(home.signing_file))
     coordinator = public_of(federation.signing_key())
     save_record(home.enrolment_file, Enrolment("north", "h:1", "T", coordinator, 0))
+    home.record("enrolled")
     record = SiteRecord("north", "active", "", 0.0, public, 0)
     return World(home, Ledger(tmp_path / "ledger"), Direct(federation, record))
 
@@ -182,6 +183,7 @@ def test_a_site_that_enrolled_again_begins_anew(world: World) -> None:
     world.home = Home(private_folder(old.folder.with_name("again")))
     public = public_of(new_key(world.home.signing_file))
     save_record(world.home.enrolment_file, old.enrolment())
+    world.home.record("enrolled")
     shutil.rmtree(world.ledger.folder)
     with pytest.raises(PolicyRefused, match="not signed by the key pinned"):
         world.exchange()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -12,7 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from medfl.common import config
 from medfl.common.errors import ConfigError
 from medfl.common.messages import Reply
-from medfl.common.study import Study
+from medfl.common.study import SecureAggregation, Study
 from medfl.strategies import catalogue
 from medfl.strategies.catalogue import STRATEGIES, WEIGHTINGS, strategy_for
 from medfl.strategies.strategy import ServerState, Strategy, weighted_mean
@@ -35,6 +37,37 @@ def study(strategy: str, **more: object) -> Study:
         Study,
         "study",
     )
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_secure_aggregation_serves_what_needs_only_a_sum(name: str) -> None:
+    sums = {"fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "scaffold", "fedbn"}
+    secure = {"control_range": 1.0} if name == "scaffold" else {}
+    asked = replace(study(name, min_sites=9), secure_aggregation=SecureAggregation(**secure))
+    if name in sums:
+        assert strategy_for(asked).needs_only_a_sum
+    else:
+        with pytest.raises(ConfigError, match=f"{name} looks at single updates.* use one of fed"):
+            strategy_for(asked)
+        # A comparison on one machine may look.
+        other = replace(asked.federation, strategy="fedavg")
+        assert strategy_for(replace(asked, federation=other).with_strategy(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "secure", "advice"),
+    [("fedavg", {"control_range": 1.0}, "remove it"), ("scaffold", {}, "write what one may")],
+)
+def test_a_range_of_control_variates_goes_with_scaffold(name, secure, advice) -> None:
+    asked = replace(study(name, min_sites=2), secure_aggregation=SecureAggregation(**secure))
+    with pytest.raises(ConfigError, match=f"control_range: goes with scaffold.*{advice}"):
+        strategy_for(asked)
+
+
+def test_a_comparison_with_another_strategy_is_in_the_open() -> None:
+    asked = replace(study("fedavg", min_sites=3), secure_aggregation=SecureAggregation())
+    assert asked.with_strategy("median").secure_aggregation is None
+    assert asked.with_strategy("fedavg").secure_aggregation is not None
 
 
 def test_mean_counts_cases_not_hospitals() -> None:

@@ -18,10 +18,9 @@ class Told:
     """What one test reported over its phases."""
 
     node: str
-    outcome: str = "passed"
+    outcome: str = "begun"
     seconds: float = 0.0
-    case: int | None = None
-    did: str = ""
+    did: dict[int, str] = field(default_factory=dict)
     short: str = ""
     seen: list[str] = field(default_factory=list)
 
@@ -33,19 +32,19 @@ def note(told: list[Told], report: pytest.TestReport) -> None:
         found = Told(report.nodeid)
         told.append(found)
     found.seconds += report.duration
-    if report.outcome != "passed" and found.outcome != "failed":
-        found.outcome = report.outcome
+    if report.outcome != "passed" or (report.when == "call" and found.outcome == "begun"):
+        found.outcome = "failed" if found.outcome == "failed" else report.outcome
     seen = [str(value) for name, value in report.user_properties if name == "seen"]
     found.seen = seen or found.seen
     for name, value in report.user_properties:
-        if name == "case":
-            found.case = int(str(value))
-        elif name in ("did", "short"):
-            setattr(found, name, str(value))
+        if name.startswith("case "):
+            found.did[int(name.removeprefix("case "))] = str(value)
+        elif name == "short" and value:
+            found.short = str(value)
 
 
-def write(told: Sequence[Told], path: Path) -> bool:
-    """The whole table; False where a case was not run at all."""
+def write(told: Sequence[Told], path: Path, *, whole: bool = True) -> bool:
+    """The table; False where a case was not run at all. whole: the campaign has come to its end."""
     lines = [
         "# The fault campaign: what was done, what was seen",
         "",
@@ -56,6 +55,7 @@ def write(told: Sequence[Told], path: Path) -> bool:
         "",
         f"{time.strftime('%Y-%m-%d', time.gmtime())}, Linux {platform.machine()}, Python "
         f"{platform.python_version()}. {_sum(told)}",
+        *([] if whole else ["", "**Broken off**: a case may lack some of its tests."]),
         "",
         "| case | written as | done | seen | verdict |",
         "|---|---|---|---|---|",
@@ -66,9 +66,9 @@ def write(told: Sequence[Told], path: Path) -> bool:
 
 
 def _row(number: int, told: Sequence[Told]) -> str:
-    own = [t for t in told if t.case == number]
+    own = [t for t in told if number in t.did]
     others = [t for t in told for prefix in EXISTING.get(number, ()) if t.node.startswith(prefix)]
-    did = [t.did for t in own if t.did]
+    did = [t.did[number] for t in own]
     seen = [text for t in own for text in t.seen]
     for prefix in EXISTING.get(number, ()):
         mine = [t for t in others if t.node.startswith(prefix)]
@@ -81,7 +81,7 @@ def _row(number: int, told: Sequence[Told]) -> str:
 
 def verdict(own: Sequence[Told], others: Sequence[Told]) -> str:
     """From the outcomes alone."""
-    outcomes = [t.outcome for t in (*own, *others)]
+    outcomes = [t.outcome for t in (*own, *others) if t.outcome != "begun"]
     if not outcomes:
         return "**not run**"
     if "failed" in outcomes:
@@ -100,7 +100,7 @@ def _cell(texts: object) -> str:
 def _sum(told: Sequence[Told]) -> str:
     ended = [
         verdict(
-            [t for t in told if t.case == n],
+            [t for t in told if n in t.did],
             [t for t in told for p in EXISTING.get(n, ()) if t.node.startswith(p)],
         )
         for n in CASES
