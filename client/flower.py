@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -59,6 +58,8 @@ FindHospital = Callable[[Context], Hospital]
 
 T = TypeVar("T")
 R = TypeVar("R")
+# More than any instruction; an array may name one chunk any number of times.
+_MAX_MESSAGE = 8 * 1024**3
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -208,7 +209,7 @@ class Task:
                 wait_s = min(2 * wait_s, 0.5)
 
         try:
-            message = arrived(tree, pull_when_it_is_there, sys.maxsize)
+            message = arrived(tree, pull_when_it_is_there, _MAX_MESSAGE)
             confirm(tree.object_id)
         except (httpx.HTTPError, ObjectPullError, Malformed) as error:
             raise NodeGone(f"a message did not arrive ({type(error).__name__})") from error

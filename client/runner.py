@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 _IDLE_S, _BUSY_S, _MAIL_S = 2.0, 0.02, 15.0
 # A SuperNode that is well makes a call at least every 25 s; after three it has stopped working.
 _SILENT_S = 80.0
+# Below so much free disk, what the coordinator sends stays in memory as far as that goes.
+_FREE_BYTES = 2**30
 # Importing torch from a slow disk takes its time.
 _START_S = 180.0
 _LOG_BYTES = 10_000_000
@@ -155,7 +157,7 @@ class Node:
         self._forwarder, self._folder = forwarder, folder
         self._superlink = ""
         self.address, self.secret = "", ""
-        self._shelf = forwarder.shelf = Shelf(folder / "objects")
+        self._shelf = forwarder.shelf = Shelf(folder / "objects", leave=_FREE_BYTES)
         self.child = Child("SuperNode", self._launch, folder / "supernode.log")
 
     def start(self, superlink: str) -> None:

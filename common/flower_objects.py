@@ -6,6 +6,7 @@ A message is a tree of objects, each named by its SHA-256; an array's bytes are 
 from __future__ import annotations
 
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,9 +35,11 @@ from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents,
 )
 
-from medfl.common.errors import FederationError
+from medfl.common.errors import FederationError, StorageError
 from medfl.common.flower_records import fill
 from medfl.common.shelf import LARGE, Shelf, sha256, ticket
+
+log = logging.getLogger(__name__)
 
 # Calls for objects at a time: one travels while another is worked on.
 _AT_ONCE = 2
@@ -79,21 +82,19 @@ class Announced:
     ) -> None:
         """Push those of the objects that are wanted; few of them are in memory at a time.
 
-        Raises:
-            StorageError: the shelf took no more.
+        What the shelf does not take goes whole.
         """
 
         def one(object_id: str) -> None:
             found = self.objects[object_id]
             if shelf is not None and isinstance(found, Chunk) and len(found.data) >= LARGE:
-                shelf.lay_own(object_id, found.head, found.data)
-                push(object_id, ticket(object_id))
-                return
-            content = found.deflate()
-            if shelf is not None and len(content) >= LARGE:
-                shelf.lay(object_id, content)
-                content = ticket(object_id)
-            push(object_id, content)
+                try:
+                    shelf.lay_own(object_id, found.head, found.data)
+                    push(object_id, ticket(object_id))
+                    return
+                except StorageError as error:
+                    log.warning("%s", error)
+            push(object_id, found.deflate())
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(one, [i for i in self.objects if i in wanted]))

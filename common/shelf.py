@@ -7,6 +7,7 @@ still decides who may send and fetch what, and when an object goes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -43,14 +44,20 @@ def sha256(*pieces: bytes | memoryview) -> str:
     return sha.hexdigest()
 
 
+def _free(folder: Path) -> int:
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
 class Shelf:
     """Objects in `folder` (0700, files 0600), each named by its SHA-256.
 
     An object is laid first and kept once the store that owns the shelf has taken its ticket.
+    leave: bytes of the disk that stay free, whatever somebody else sends.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, leave: int = 0) -> None:
+        self.folder, self._leave = folder, leave
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def lay(self, object_id: str, *pieces: bytes | memoryview) -> None:
@@ -68,6 +75,8 @@ class Shelf:
         mine = f"{os.getpid()}-{threading.get_ident()}"
         partial = self.folder / f".{object_id}.{mine}.part"
         try:
+            if self._leave and _free(self.folder) < self._leave:
+                raise OSError(errno.ENOSPC, "the disk is almost full")
             handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
             with os.fdopen(handle, "wb", buffering=0) as file:
                 for piece in pieces:

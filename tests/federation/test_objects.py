@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, Metadata, RecordDict
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse, PushObjectRequest
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_id,
+    get_object_tree,
+)
 from flwr.supercore.object_store import NoObjectInStoreError
 
 from medfl.client.objects import ShelfObjectStore, shelved, unshelved
+from medfl.common.errors import StorageError
 from medfl.common.flower_objects import announced_of, fixed, redeemed
 from medfl.common.shelf import Shelf, ticket
 from medfl.server.objects import FileObjectStore
@@ -193,3 +198,21 @@ def test_a_chunk_that_is_hashed_where_it_lies_has_flowers_id(tmp_path: Path) -> 
             assert laid is not None
             assert laid.read_bytes() == found.deflate()
             assert pushed[object_id] == ticket(object_id)
+
+
+def test_a_disk_that_is_almost_full_is_not_filled(tmp_path: Path) -> None:
+    """The object then goes its usual way, through the SuperNode's memory."""
+    full = Shelf(tmp_path / "objects", leave=2**62)
+    content = b"ArrayChunk  300000\x00" + bytes(300_000)
+    object_id = get_object_id(content)
+    with pytest.raises(StorageError, match="almost full"):
+        full.lay(object_id, content)
+    asked = PullObjectRequest(object_id=object_id).SerializeToString()
+    answer = PullObjectResponse(object_found=True, object_content=content).SerializeToString()
+    assert shelved(full, asked, answer) == answer
+    about = Metadata(7, "", 1, 2, "", "", 0.0, 60.0, "query.prepare")
+    announced = announced_of(Message(content=fixed(record(3)), metadata=about))  # type: ignore[call-overload]
+    pushed: dict[str, bytes] = {}
+    announced.push(set(announced.objects), pushed.__setitem__, full)
+    assert all(get_object_id(content) == object_id for object_id, content in pushed.items())
+    assert list((tmp_path / "objects").iterdir()) == []
