@@ -122,14 +122,15 @@ class Approved:
     def _hospital(self, site: Site, study: Study) -> Hospital:
         from medfl.client.data.own import own_cohort
 
+        folder = private_folder(self.home.folder / "work" / study.digest[:16])
         return Hospital(
             name=self.name,
             study=study,
             load_cohort=lambda: own_cohort(site, study),
-            folder=self.home.folder / "work" / study.digest[:16],
+            folder=folder,
             policy=site.policy,
             privacy=site.privacy,
-            device=device_of(site),
+            device=device_of(site, folder),
             ledger_folder=site.ledger,
             identity=self._identity(),
         )
@@ -167,12 +168,24 @@ def begin_run(hospital: Hospital, run: str) -> None:
     write_private(file, run.encode())
 
 
-def device_of(site: Site) -> str:
-    """cpu or cuda. Raises PolicyRefused where the site asks for a GPU that is not there."""
+def device_of(site: Site, folder: Path) -> str:
+    """cpu or cuda. folder: of this study's work, which remembers whether it had a GPU.
+
+    Raises:
+        PolicyRefused: the site asks for a GPU that is not there, or the study had one before and
+            would go on without it: some hundred times slower, and nobody would know why.
+    """
     import torch
 
-    if site.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if site.device == "cuda" and not torch.cuda.is_available():
+    had_one = folder / "gpu"
+    if site.device != "cpu" and torch.cuda.is_available():
+        had_one.touch(mode=0o600)
+        return "cuda"
+    if site.device == "cuda":
         raise PolicyRefused("device: site.toml asks for a GPU and none can be used.")
-    return site.device
+    if site.device == "auto" and had_one.exists():
+        raise PolicyRefused(
+            "device: this study was trained on a GPU here, and none can be used now. Mend the "
+            'driver, or write device = "cpu" in site.toml to go on without it.'
+        )
+    return "cpu"

@@ -56,6 +56,19 @@ def preload() -> None:
     torch.set_num_threads(1)
 
 
+def gpu_failed() -> bool:
+    """Whether this process has a GPU that is of no more use to it; CUDA never recovers."""
+    import torch
+
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def main() -> int:
     """The child; the pipe's descriptor is in MEDFL_PIPE."""
     end_with_parent()
@@ -76,6 +89,9 @@ def main() -> int:
         except EOFError:
             return 0
         pipe.send_bytes(do(task))
+        if gpu_failed():
+            log.error("the GPU does not answer any more; this process ends, another is started")
+            return 1
 
 
 if __name__ == "__main__":

@@ -136,6 +136,8 @@ _REFUSALS: dict[type[Exception], str] = {
     StorageError: "disk full or damaged file",
     MemoryError: "out of memory",
 }
+# Classes of torch, which is not imported for their sake.
+_BY_NAME = {"OutOfMemoryError": "out of memory", "AcceleratorError": "GPU failed"}
 UNEXPECTED = "unexpected error"
 
 
@@ -187,4 +189,5 @@ def refusal(site: str, error: Exception, round_: int) -> Reply:
     patients.
     """
     phrases = (phrase for kind, phrase in _REFUSALS.items() if isinstance(error, kind))
-    return Reply(site=site, round=round_, refusal=next(phrases, UNEXPECTED))
+    other = _BY_NAME.get(type(error).__name__, UNEXPECTED)
+    return Reply(site=site, round=round_, refusal=next(phrases, other))

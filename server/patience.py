@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 _TIMES = 3.0
 _REMEMBERED = 5
-# Restarts and broken lines take this long whatever the work takes.
-_AT_LEAST_S = 30.0
+# A machine that starts anew, or a line that comes back, takes this long whatever the work takes.
 AWAY_S = 90.0
+_AT_LEAST_S = 120.0
 
 
 @dataclass(slots=True)

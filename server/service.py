@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from medfl.common.errors import MedflError, StorageError
 from medfl.common.private_files import only_one, private_folder, write_private
+from medfl.common.stopping import set_by_signals
 from medfl.server import runs
 from medfl.server.federation import Federation
 from medfl.server.gateway import Gateway, Peers
@@ -20,16 +20,12 @@ from medfl.server.settings import ServerSettings
 from medfl.server.work import work_off
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from medfl.server.engine import Engine
 
 log = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
 _DRAIN_S = 15.0
-# Until a run is tried again whose state could not even be written.
-_FULL_DISK_S = 30.0
 
 
 def serve(
@@ -49,7 +45,7 @@ def serve(
     from medfl.server.engine import Engine
 
     stopping = stopping or threading.Event()
-    with only_one(federation.state / "server.lock", "medfl-server"), _signals(stopping):
+    with only_one(federation.state / "server.lock", "medfl-server"), set_by_signals(stopping):
         engine = Engine(private_folder(federation.folder / "engine"))
         peers = Peers(federation)
         gateway: Gateway | None = None
@@ -66,7 +62,8 @@ def serve(
         finally:
             if gateway is not None:
                 gateway.stop()
-                federation.record("server stopped")
+                with suppress(StorageError):  # a full disk is no reason to leave children behind
+                    federation.record("server stopped")
             engine.stop()
             (federation.state / "server.pid").unlink(missing_ok=True)
 
@@ -82,22 +79,6 @@ def running_pid(federation: Federation) -> int | None:
         return int((federation.state / "server.pid").read_text())
     except (OSError, ValueError):
         return None
-
-
-@contextmanager
-def _signals(stopping: threading.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT ask for the end; only the main thread can listen to them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {
-        s: signal.signal(s, lambda *_: stopping.set()) for s in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _work(federation: Federation, engine: Engine, stopping: threading.Event) -> None:
@@ -129,4 +110,3 @@ def _supervised(
             runs.end(federation, left, "failed", "see the server's log", 1)
     except StorageError as error:
         log.error("run=%s: how it ended could not be written: %s", run.id, error)
-        stopping.wait(_FULL_DISK_S)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
+# Until a disk that was full is tried again.
+_FULL_DISK_S = 5.0
 # Those who have approved get a moment to connect; then the others go on without them.
 _CONNECT_S = 5.0
 
@@ -47,19 +49,33 @@ def work_off(federation: Federation, engine: Engine, run: Run, stopping: threadi
         kept.drop()
     except Interrupted as error:
         if runs.is_to_stop(federation, run.id) or not stopping.is_set():
-            _end(federation, run, "stopped", error)
+            _end(federation, run, "stopped", error, stopping)
         else:
-            federation.record("run interrupted", run=run.id, why=str(error))
+            log.warning("run=%s is interrupted; the next start goes on with it", run.id)
     except StorageError as error:
-        _end(federation, run, "paused", error)
+        _end(federation, run, "paused", error, stopping)
     except MedflError as error:
-        _end(federation, run, "failed", error)
+        _end(federation, run, "failed", error, stopping)
 
 
-def _end(federation: Federation, run: Run, state: runs.State, error: MedflError) -> None:
+def _end(
+    federation: Federation,
+    run: Run,
+    state: runs.State,
+    error: MedflError,
+    stopping: threading.Event,
+) -> None:
+    """Write down how it ended, as soon as the disk takes it."""
     log.warning("run=%s %s: %s", run.id, state, error)
     why = f"{error} To go on: medfl-server resume {run.id}"
-    runs.end(federation, runs.load(federation, run.id), state, why, error.exit_code)
+    while True:
+        try:
+            runs.end(federation, runs.load(federation, run.id), state, why, error.exit_code)
+            return
+        except StorageError as full:
+            log.error("run=%s: that it is %s cannot be written yet: %s", run.id, state, full)
+            if stopping.wait(_FULL_DISK_S):
+                return
 
 
 def _run(

@@ -206,6 +206,9 @@ def staged(out: Path, console: Console, *, small: bool = False) -> Iterator[Worl
     make_hospitals(out / "files", small=small)
     for name in NAMES:
         shutil.move(out / "files" / "segmentation" / name, out / name)
+        if small:
+            with (out / name / "site.toml").open("a", encoding="utf-8") as file:
+                file.write("\n[policy]\nsmallest_count = 1  # made up, and few\n")
     shutil.rmtree(out / "files")
     coordinator = _speaker(stage, out, "coordinator", 0, {"MEDFL_SERVER_FOLDER": "fed"})
     own = {"MEDFL_STATE": "state", "MEDFL_SITE": "site.toml"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from safetensors.numpy import save as safetensors
 
@@ -205,6 +206,8 @@ def test_a_record_without_description_is_refused() -> None:
         (CaseError("unreadable", "x"), "data cannot serve the study"),
         (StorageError("x"), "disk full or damaged file"),
         (ConfigError("x"), "study cannot be run there"),
+        (torch.OutOfMemoryError("x"), "out of memory"),
+        (torch.AcceleratorError("x"), "GPU failed"),
         (KeyError("x"), "unexpected error"),
     ],
     ids=lambda e: type(e).__name__,

@@ -198,6 +198,24 @@ def test_an_update_is_in_the_lineage_before_it_leaves(world: World) -> None:
         world.finder.seal("{}", asked, pack(Reply(site="north", delta=delta)))
 
 
+def test_a_study_that_had_a_gpu_does_not_go_on_without_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    site = tmp_path / "site.toml"
+    data = '[data]\nformat = "table"\npath = "cases.csv"\n'
+    site.write_text(f'name = "north"\n{data}')
+    assert approved.device_of(load_site(site), tmp_path) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert approved.device_of(load_site(site), tmp_path) == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(PolicyRefused, match="none can be used now"):
+        approved.device_of(load_site(site), tmp_path)
+    site.write_text(f'name = "north"\ndevice = "cpu"\n{data}')
+    assert approved.device_of(load_site(site), tmp_path) == "cpu"
+
+
 def test_nothing_is_begun_on_a_full_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 

@@ -104,6 +104,22 @@ def test_a_trainer_that_cannot_start_is_reported(tmp_path) -> None:
     broken.stop()
 
 
+def test_a_process_whose_gpu_failed_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from medfl.client.trainer import gpu_failed
+
+    def synchronize() -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    assert not gpu_failed(), "there is none"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert not gpu_failed()
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert gpu_failed()
+
+
 def test_a_task_names_its_run_and_study_before_its_bytes() -> None:
     framed = frame([b"\x00pay", b"load"], 1, 2, "abc")
     size = int.from_bytes(framed[:4], "big")
