@@ -24,10 +24,11 @@ from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
     ObjectUnavailableError,
-    pull_and_inflate_object_from_tree,
 )
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
@@ -36,10 +37,10 @@ from flwr.supercore.interceptors import (
 )
 from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
-from flwr.supernode.runtime.run_clientapp import push_message
 
 from medfl.client.hospital import Hospital, answer
 from medfl.common.errors import CaseError, FederationError, MedflError
+from medfl.common.flower_objects import Malformed, announced_of, arrived, fixed, redeemed
 from medfl.common.flower_records import from_record, joined, parted, to_record
 from medfl.common.messages import (
     Envelope,
@@ -49,6 +50,7 @@ from medfl.common.messages import (
     refusal,
     unpack_instruction,
 )
+from medfl.common.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ FindHospital = Callable[[Context], Hospital]
 
 T = TypeVar("T")
 R = TypeVar("R")
+# More than any instruction; an array may name one chunk any number of times.
+_MAX_MESSAGE = 8 * 1024**3
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -120,13 +124,18 @@ class NodeGone(FederationError):
 class Tasks:
     """The tasks of this site's SuperNode, for who knows its secret.
 
-    given_up: whether the SuperNode has stopped fetching what it lacks of a message.
+    given_up: whether the SuperNode has stopped fetching what it lacks of a message. shelf: where
+        its large objects lie.
     """
 
     def __init__(
-        self, address: str, secret: str, given_up: Callable[[], bool] = lambda: False
+        self,
+        address: str,
+        secret: str,
+        given_up: Callable[[], bool] = lambda: False,
+        shelf: Shelf | None = None,
     ) -> None:
-        self._address, self._given_up = address, given_up
+        self._address, self._given_up, self._shelf = address, given_up, shelf
         signing = SuperExecAuthHttpInterceptor(
             master_secret=secret.encode(), protected_methods={_ACQUIRE}
         )
@@ -141,7 +150,9 @@ class Tasks:
         asked = runtime_pb2.AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
         try:
             found = self._calls.AcquireTask(asked)
-            return Task(self._address, found.token, self._given_up) if found.token else None
+            if not found.token:
+                return None
+            return Task(self._address, found.token, self._given_up, self._shelf)
         except httpx.HTTPError as error:
             raise NodeGone(f"no task could be taken ({type(error).__name__})") from error
 
@@ -153,7 +164,10 @@ class Tasks:
 class Task:
     """One message to this site, and its answer. What code came with it is bytes and stays bytes."""
 
-    def __init__(self, address: str, token: str, given_up: Callable[[], bool]) -> None:
+    def __init__(
+        self, address: str, token: str, given_up: Callable[[], bool], shelf: Shelf | None
+    ) -> None:
+        self._shelf = shelf
         self._calls = _runtime(address, RuntimeTokenHttpInterceptor(token=token))
         self._beat = HeartbeatSender(self._heartbeat)
         self._given_up = given_up
@@ -179,29 +193,25 @@ class Task:
             raise NodeGone("a task came without a message")
         tree, node = got.message_object_trees[0], Node(node_id=self.node_id)
         pull = make_pull_object_fn_protobuf(self._calls.PullObject, node, self.run_id)
+        confirm = make_confirm_message_received_fn_protobuf(
+            self._calls.ConfirmMessageReceived, node, self.run_id
+        )
 
-        def pull_while_it_comes(object_id: str) -> bytes:
-            try:
-                return pull(object_id)
-            except ObjectUnavailableError:
-                if self._given_up():
-                    raise NodeGone("a message's run ended before all of it was here") from None
-                raise
+        def pull_when_it_is_there(object_id: str) -> bytes:
+            wait_s = 0.02
+            while True:
+                try:
+                    return redeemed(self._shelf, object_id, pull(object_id))
+                except ObjectUnavailableError:
+                    if self._given_up():
+                        raise NodeGone("a message's run ended before all of it was here") from None
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, 0.5)
 
         try:
-            message = pull_and_inflate_object_from_tree(
-                tree,
-                pull_while_it_comes,
-                make_confirm_message_received_fn_protobuf(
-                    self._calls.ConfirmMessageReceived, node, self.run_id
-                ),
-                return_type=Message,
-                max_time=None,
-                max_tries_per_object=None,
-                initial_backoff=0.02,
-                backoff_cap=0.5,
-            )
-        except httpx.HTTPError as error:
+            message = arrived(tree, pull_when_it_is_there, _MAX_MESSAGE)
+            confirm(tree.object_id)
+        except (httpx.HTTPError, ObjectPullError, Malformed) as error:
             raise NodeGone(f"a message did not arrive ({type(error).__name__})") from error
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
@@ -210,11 +220,11 @@ class Task:
         """What is asked. Raises FederationError for anything that is no instruction."""
         return unpack_instruction(from_record(self.message.content))
 
-    def payload(self) -> bytes:
-        """The message for another process."""
+    def payload(self) -> list[bytes | memoryview]:
+        """The message for another process, in pieces."""
         return as_text(self.message)
 
-    def answer(self, reply: Reply | bytes) -> None:
+    def answer(self, reply: Reply | bytes | bytearray) -> None:
         """Hand the answer to the SuperNode. bytes: a reply as `run_payload` returns it.
 
         Raises:
@@ -224,12 +234,21 @@ class Task:
             message = Message(to_record(pack(reply)), reply_to=self.message)
         else:
             message = from_text(memoryview(reply))
-        context = Context(self.run_id, self.node_id, {}, RecordDict(), {})
         try:
-            push_message(self._calls, message, context)
+            self._push(message)
             self._end(SubStatus.COMPLETED)
         except httpx.HTTPError as error:
             raise NodeGone(f"an answer was not taken ({type(error).__name__})") from error
+
+    def _push(self, message: Message) -> None:
+        """Flower's own push keeps each large object in memory four times."""
+        fixed(message.content)
+        announced = announced_of(message)
+        answer = self._calls.PushMessages(announced.request)
+        push = make_push_object_fn_protobuf(
+            self._calls.PushObject, Node(node_id=self.node_id), self.run_id, answer.session_id
+        )
+        announced.push(set(answer.objects_to_push), push, self._shelf)
 
     def drop(self) -> None:
         """Give it up without an answer."""
@@ -261,8 +280,8 @@ class Task:
             raise NodeGone(f"a task was not given ({type(error).__name__})") from error
 
 
-def as_text(message: Message) -> bytes:
-    """A message for another process of this machine."""
+def as_text(message: Message) -> list[bytes | memoryview]:
+    """A message for another process of this machine, in pieces that are to be joined."""
     bare = message_to_proto(remove_content_from_message(message))
     return joined(bytes(bare.SerializeToString()), message.content)
 
@@ -283,7 +302,7 @@ def run_payload(
     """
     message = from_text(payload)
     context = Context(run_id, node_id, {}, RecordDict(), {"study": study})
-    return as_text(app(message, context))
+    return b"".join(as_text(app(message, context)))
 
 
 def _runtime(address: str, more: ProtobufClientInterceptor) -> RuntimeHttpClient:

@@ -47,7 +47,7 @@ class Trains(Protocol):
     def start(self) -> None:
         """Start the process."""
 
-    def do(self, task: bytes) -> bytes:
+    def do(self, task: bytes) -> bytes | bytearray:
         """The reply. Raises TrainerDied."""
 
     def stop(self) -> None:

@@ -218,7 +218,7 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
     sent_delta, sent_control = _leaving(
         hospital,
         asked,
-        {n: a.astype(np.float32) for n, a in delta.items() if n not in stays},
+        {n: a.astype(np.float32, copy=False) for n, a in delta.items() if n not in stays},
         {n: a for n, a in control.items() if n not in stays},
     )
     reply = Reply(

@@ -23,15 +23,18 @@ from medfl.client.hatch import Trains
 from medfl.client.trainer import frame
 from medfl.client.tunnel import Forwarder
 from medfl.common.bundle import study_bundle
-from medfl.common.child import Child, Launch
+from medfl.common.child import Child, Launch, received
 from medfl.common.errors import FederationError, MedflError, OtherCode, TrainerDied
 from medfl.common.messages import refusal
+from medfl.common.shelf import Shelf
 
 log = logging.getLogger(__name__)
 
 _IDLE_S, _BUSY_S, _MAIL_S = 2.0, 0.02, 15.0
 # A SuperNode that is well makes a call at least every 25 s; after three it has stopped working.
 _SILENT_S = 80.0
+# Below so much free disk, what the coordinator sends stays in memory as far as that goes.
+_FREE_BYTES = 2**30
 # Importing torch from a slow disk takes its time.
 _START_S = 180.0
 _LOG_BYTES = 10_000_000
@@ -66,7 +69,7 @@ class Trainer:
         with self._lock:
             self._start()
 
-    def do(self, task: bytes) -> bytes:
+    def do(self, task: bytes) -> bytes | bytearray:
         """The reply to a framed task.
 
         Raises:
@@ -107,10 +110,10 @@ class Trainer:
             raise EOFError
         self._pipe.send_bytes(task)
 
-    def _received(self, limit_s: float) -> bytes:
+    def _received(self, limit_s: float) -> bytes | bytearray:
         if self._pipe is None or not self._pipe.poll(limit_s):
             raise EOFError
-        return self._pipe.recv_bytes()
+        return received(self._pipe)
 
     def _ended(self) -> int | None:
         if self._process is None:
@@ -154,6 +157,7 @@ class Node:
         self._forwarder, self._folder = forwarder, folder
         self._superlink = ""
         self.address, self.secret = "", ""
+        self._shelf = forwarder.shelf = Shelf(folder / "objects", leave=_FREE_BYTES)
         self.child = Child("SuperNode", self._launch, folder / "supernode.log")
 
     def start(self, superlink: str) -> None:
@@ -167,7 +171,8 @@ class Node:
 
     def tasks(self) -> Tasks:
         """What it has for this site to do."""
-        return Tasks(self.address, self.secret, lambda: self._forwarder.has_given_up)
+        given_up = lambda: self._forwarder.has_given_up  # noqa: E731
+        return Tasks(self.address, self.secret, given_up, self._shelf)
 
     def check(self) -> None:
         """Replace a SuperNode that lives and does nothing."""
@@ -180,9 +185,11 @@ class Node:
         self.secret = secrets.token_hex(32)
         self.address = f"127.0.0.1:{_free_port()}"
         self._forwarder.heard = time.monotonic()
-        port = self.address.rsplit(":", 1)[1]
+        # What the one before it held is lost with it.
+        self._shelf.sweep(all_of_it=True)
+        port, shelf = self.address.rsplit(":", 1)[1], str(self._shelf.folder)
         return Launch(
-            command=[sys.executable, "-m", "medfl.client.supernode", self._superlink, port],
+            command=[sys.executable, "-m", "medfl.client.supernode", self._superlink, port, shelf],
             env={
                 "FLWR_HOME": str(self._folder / "flwr"),
                 "FLWR_TELEMETRY_ENABLED": "0",

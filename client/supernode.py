@@ -1,4 +1,4 @@
-"""Flower's SuperNode as a child process: `python -m medfl.client.supernode HOST:PORT`.
+"""Flower's SuperNode as a child process: `python -m medfl.client.supernode HOST:PORT PORT FOLDER`.
 
 It talks to the tunnel's end on this machine, and hands tasks only to who knows the secret.
 """
@@ -9,8 +9,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 from medfl.common.child import end_with_parent, first_line
+from medfl.common.shelf import Shelf
 
 _SHORTEST_S, _NEW_SERIES_S = 0.03, 0.1
 
@@ -35,13 +38,19 @@ class ShortNaps:
 
 
 def main() -> int:
-    """The child: tunnel and port as arguments, the secret as first line of the standard input."""
-    superlink, port = sys.argv[1:3]
+    """The child: tunnel, port and its shelf's folder; the secret is the first line of the input."""
+    superlink, port, folder = sys.argv[1:4]
     secret = first_line()
     end_with_parent()
+    from flwr.supercore.object_store import object_store_factory
     from flwr.supernode import start_client_internal
     from flwr.supernode.cli import flower_supernode
 
+    from medfl.client.objects import ShelfObjectStore
+
+    # Flower chooses the store by the database's name alone; a SuperNode has none.
+    store = partial(ShelfObjectStore, Shelf(Path(folder)))
+    vars(object_store_factory)["InMemoryObjectStore"] = store
     # Flower's loop looks for an answer twice a second, which is most of a short round.
     vars(start_client_internal)["time"] = ShortNaps()
     # Flower reads the secret from a path; this one leaves nothing on the disk.

@@ -13,11 +13,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
-from medfl.common.child import end_with_parent
+from medfl.common.child import end_with_parent, received
 
 if TYPE_CHECKING:
     from medfl.client.flower import FindHospital
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def frame(payload: bytes, run_id: int, node_id: int, study: str) -> bytes:
-    """One task as the runner sends it."""
+def frame(payload: Iterable[bytes | memoryview], run_id: int, node_id: int, study: str) -> bytes:
+    """One task as the runner sends it. payload: in pieces."""
     head = json.dumps({"run_id": run_id, "node_id": node_id, "study": study}).encode()
-    return len(head).to_bytes(4, "big") + head + payload
+    return b"".join([len(head).to_bytes(4, "big"), head, *payload])
 
 
-def work(find_hospital: FindHospital) -> Callable[[bytes], bytes]:
+def work(find_hospital: FindHospital) -> Callable[[bytes | bytearray], bytes]:
     """A framed task to the bytes of its reply."""
     from medfl.client.flower import client_app, run_payload
 
     app = client_app(find_hospital)
 
-    def do(task: bytes) -> bytes:
+    def do(task: bytes | bytearray) -> bytes:
         size = int.from_bytes(task[:4], "big")
         about = json.loads(task[4 : 4 + size])
         return run_payload(app, memoryview(task)[4 + size :], **about)
@@ -85,7 +85,7 @@ def main() -> int:
     pipe.send_bytes(b"ready")
     while True:
         try:
-            task = pipe.recv_bytes()
+            task = received(pipe)
         except EOFError:
             return 0
         pipe.send_bytes(do(task))

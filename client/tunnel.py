@@ -16,14 +16,17 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import grpc
 
+from medfl.client.objects import shelved, unshelved
 from medfl.common import tunnel
 from medfl.common.errors import FederationError
+from medfl.common.shelf import Shelf
 from medfl.common.tunnel import Answer, Call
 
 log = logging.getLogger(__name__)
@@ -47,10 +50,12 @@ class Forwarder:
 
     session: the running client's, as it was told to the coordinator.
     mail: set whenever a message came for this site, so that whoever executes it need not poll.
+    shelf: the SuperNode's, which then handles tickets instead of large objects.
     """
 
     def __init__(self, channel: grpc.Channel, session: str = "") -> None:
         self.mail = threading.Event()
+        self.shelf: Shelf | None = None
         self.session = session or secrets.token_hex(16)
         self.stopping = threading.Event()
         self.heard = time.monotonic()
@@ -90,11 +95,15 @@ class Forwarder:
     def forward(self, path: str, headers: dict[str, str], body: bytes, tick: Tick) -> Answer:
         """The coordinator's answer. `tick` is called while it takes time; it may raise OSError."""
         self.heard = time.monotonic()
+        if self.shelf is not None and path == tunnel.PUSH_OBJECT:
+            body = unshelved(self.shelf, body)
         if path not in tunnel.FETCH:
             return self._forward(path, headers, body, tick)
         with self._fetch:
             answer = self._forward(path, headers, body, tick)
             self._fetch.over = answer.status == 403
+            if self.shelf is not None and path == tunnel.PULL_OBJECT and answer.status == 200:
+                answer = replace(answer, body=shelved(self.shelf, body, answer.body))
             return answer
 
     def _forward(self, path: str, headers: dict[str, str], body: bytes, tick: Tick) -> Answer:

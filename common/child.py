@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -124,6 +126,28 @@ def _end(process: subprocess.Popen[bytes], patience_s: float) -> None:
         process.wait(patience_s)
     except subprocess.TimeoutExpired:
         process.kill()
+
+
+def received(pipe: Connection) -> bytearray:
+    """What the other end's `send_bytes` sent, in memory that is set aside once and may change.
+
+    `recv_bytes` copies it twice. Raises EOFError where the other end is gone.
+    """
+    (size,) = struct.unpack("!i", _exactly(pipe, 4))
+    if size == -1:  # longer than 2^31 - 1: the length follows
+        (size,) = struct.unpack("!Q", _exactly(pipe, 8))
+    return _exactly(pipe, size)
+
+
+def _exactly(pipe: Connection, size: int) -> bytearray:
+    whole = bytearray(size)
+    left = memoryview(whole)
+    while left:
+        n = os.readv(pipe.fileno(), [left])
+        if n == 0:
+            raise EOFError
+        left = left[n:]
+    return whole
 
 
 def first_line() -> str:

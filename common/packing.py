@@ -76,7 +76,8 @@ def pack(tensors: Tensors, kind: Kind) -> dict[str, Array]:
         parts = [_ENCODE[kind](flat[p.name][p.start : p.stop]) for p in pieces]
         scales = np.concatenate([scale for scale, _ in parts]).astype("<f4")
         values = np.concatenate([value for _, value in parts]).astype(_WIRE[kind], copy=False)
-        packed[str(number)] = _bytes(compressor.compress(scales.tobytes() + _shuffled(values)))
+        steps, raw = scales.tobytes(), _shuffled(values)
+        packed[str(number)] = _bytes(compressor.compress(steps + raw if steps else raw))
     return packed
 
 
@@ -226,7 +227,7 @@ def _decoded(raw: bytes, pieces: list[_Piece], kind: Kind) -> Iterator[tuple[_Pi
     """The numbers of each piece of a segment."""
     counts = [_n_scales(len(p), kind) for p in pieces]
     scales = np.frombuffer(raw, "<f4", count=sum(counts))
-    values = _unshuffled(raw[scales.nbytes :], np.dtype(_WIRE[kind]))
+    values = _unshuffled(memoryview(raw)[scales.nbytes :], np.dtype(_WIRE[kind]))
     first, start = 0, 0
     for piece, count in zip(pieces, counts, strict=True):
         own, mine = scales[first : first + count], values[start : start + len(piece)]
@@ -242,9 +243,13 @@ def _shuffled(values: Array) -> bytes:
     return values.view(np.uint8).reshape(-1, values.itemsize).T.tobytes()
 
 
-def _unshuffled(raw: bytes, dtype: np.dtype[Any]) -> Array:
+def _unshuffled(raw: memoryview, dtype: np.dtype[Any]) -> Array:
+    """Plane by plane, which is several times faster than one transposed copy."""
     planes = np.frombuffer(raw, np.uint8).reshape(dtype.itemsize, -1)
-    return np.ascontiguousarray(planes.T).view(dtype).ravel()
+    values = np.empty(planes.shape[1], dtype)
+    for number, plane in enumerate(planes):
+        values.view(np.uint8).reshape(-1, dtype.itemsize)[:, number] = plane
+    return values
 
 
 def _bytes(content: bytes) -> Array:
@@ -256,7 +261,7 @@ def _check_frame(packed: Array, size: int) -> None:
     import zstandard
 
     try:
-        announced = zstandard.get_frame_parameters(packed.tobytes()[:32]).content_size
+        announced = zstandard.get_frame_parameters(packed[:32].tobytes()).content_size
     except zstandard.ZstdError:
         raise _refused("is damaged") from None
     if announced != size:
@@ -268,7 +273,7 @@ def _decompressed(packed: Array, size: int) -> bytes:
 
     try:
         raw = zstandard.ZstdDecompressor().decompress(
-            packed.tobytes(), max_output_size=size, allow_extra_data=False
+            packed.data, max_output_size=size, allow_extra_data=False
         )
     except zstandard.ZstdError:
         raise _refused("is damaged") from None

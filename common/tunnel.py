@@ -44,6 +44,7 @@ ALLOWED: Mapping[str, int] = MappingProxyType(
     }
 )
 PULL = _CALLS + "pull-messages"
+PULL_OBJECT, PUSH_OBJECT = _CALLS + "pull-object", _CALLS + "push-object"
 # What a SuperNode calls between a message's announcement and having all of it.
 FETCH = frozenset(_CALLS + n for n in ("get-run", "get-fab", "pull-object"))
 SESSION = "medfl-session"
@@ -64,11 +65,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The HTTP response. status 0: nothing yet, ask again with the same id."""
+    """The HTTP response. status 0: nothing yet, ask again with the same id.
+
+    more: follows the body, so that a large object need not be copied to stand behind its head.
+    """
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
+    more: bytes = b""
 
 
 def encode(message: Call | Answer) -> bytes:
@@ -79,7 +84,8 @@ def encode(message: Call | Answer) -> bytes:
     else:
         about |= {"status": message.status}
     head = json.dumps(about).encode()
-    return len(head).to_bytes(4, "big") + head + message.body
+    more = message.more if isinstance(message, Answer) else b""
+    return b"".join([len(head).to_bytes(4, "big"), head, message.body, more])
 
 
 def decode_call(raw: bytes) -> Call:

@@ -23,6 +23,7 @@ from medfl.common.allocator import give_back
 from medfl.common.bundle import study_bundle
 from medfl.common.child import Child, Launch
 from medfl.common.errors import FederationError, StorageError
+from medfl.common.shelf import Shelf
 from medfl.common.study import Study
 from medfl.common.tensors import Tensors
 from medfl.common.tunnel import KEY_HEADER
@@ -57,6 +58,7 @@ class Engine:
         self._listener: socket.socket | None = None
         self._key = ""
         self._gate: Gate | None = None
+        self._shelf = Shelf(folder / "objects")
         self.child = Child("SuperLink", self._launch, folder / "superlink.log")
 
     def start(self) -> str:
@@ -69,6 +71,7 @@ class Engine:
         give_back()
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.chmod(0o700)
+        self._shelf.sweep()
         self._key = _kept_secret(self.folder / "engine.key")
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         host, port = self._listener.getsockname()[:2]
@@ -115,7 +118,7 @@ class Engine:
         from medfl.server.tunnel import Gate, fleet_handlers
 
         if self._gate is None:
-            self._gate = Gate(self.address, self._key, self.roster, sessions)
+            self._gate = Gate(self.address, self._key, self.roster, sessions, self._shelf)
         return fleet_handlers(self._gate, site_of)
 
     def run(
@@ -146,7 +149,7 @@ class Engine:
         from medfl.server.flower import ConnectedSites
         from medfl.server.link import Link
 
-        work = Link(self.address, self._key).start_run(
+        work = Link(self.address, self._key, self._shelf).start_run(
             study_bundle(study.digest) if bundle is None else bundle
         )
         completed = False

@@ -10,10 +10,11 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from medfl.common.errors import FederationError, PolicyRefused
+from medfl.common.flower_objects import Malformed, fixed
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
 from medfl.server.admit import Door
-from medfl.server.link import Malformed, Run, UploadBroken, fixed
+from medfl.server.link import Run, UploadBroken
 from medfl.server.patience import AWAY_S, Patience
 from medfl.server.register import Roster
 

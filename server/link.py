@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import httpx
-from flwr.app import Array, Error, Message, Metadata, RecordDict
-from flwr.app.message import remove_content_from_message
-from flwr.app.message.arraychunk import ArrayChunk
+from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID, SubStatus
-from flwr.common.serde import message_to_proto, run_from_proto
+from flwr.common.serde import run_from_proto
 from flwr.proto import (
     control_pb2,
     fab_pb2,
     message_pb2,
     runtime_pb2,
 )
-from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.constant import (
-    HEAD_BODY_DIVIDER,
     TaskType,
 )
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.date import now
 from flwr.supercore.heartbeat import HeartbeatSender
-from flwr.supercore.inflatable.inflatable_object import (
-    InflatableObject,
-    get_all_nested_objects,
-    get_object_body,
-    get_object_head_values_from_object_content,
-    get_object_tree,
-    get_object_type_from_object_content,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
@@ -47,7 +30,6 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectUnavailableError,
-    inflate_object_from_contents,
 )
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
@@ -60,7 +42,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid import HttpGrid
 
 from medfl.common.errors import FederationError
-from medfl.common.flower_records import fill
+from medfl.common.flower_objects import announced_of, arrived, redeemed
+from medfl.common.shelf import Shelf
 from medfl.common.tunnel import KEY_HEADER
 
 log = logging.getLogger(__name__)
@@ -68,19 +51,18 @@ log = logging.getLogger(__name__)
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 # An upload that does not go on for this long counts as broken off.
 _UPLOAD_S = 120.0
-# Calls for objects at a time: one travels while another is worked on.
-_AT_ONCE = 2
 _TTL_S = 7 * 24 * 3600.0
 # A call that the SuperLink cannot serve is repeated for so long.
 _BUSY_S, _LOOK_S = 60.0, 0.5
 
 
 class Link:
-    """A SuperLink at a loopback address, for those who know its key."""
+    """A SuperLink at a loopback address, for those who know its key. shelf: its large objects."""
 
-    def __init__(self, address: str, key: str) -> None:
+    def __init__(self, address: str, key: str, shelf: Shelf) -> None:
         self.address = address
         self.key = key
+        self.shelf = shelf
 
     def start_run(self, bundle: bytes) -> Run:
         """Create a run and take it on, so that nobody else executes it.
@@ -117,7 +99,7 @@ class Link:
                 )
             if not found.token:
                 raise FederationError(f"The engine has no task for its run {run_id}.")
-            run = Run(LinkGrid(self.address, found.token, self.key))
+            run = Run(LinkGrid(self.address, found.token, self.key, self.shelf))
             if found.task.run_id == run_id:
                 run.begin()
                 return run
@@ -130,8 +112,9 @@ class LinkGrid(HttpGrid):
     Replies that nobody has asked for yet stay in the SuperLink's database, not in memory.
     """
 
-    def __init__(self, address: str, token: str, key: str) -> None:
+    def __init__(self, address: str, token: str, key: str, shelf: Shelf) -> None:
         super().__init__(address, insecure=True, token=token)
+        self._shelf = shelf
         self._client = _runtime(address, key, [RuntimeTokenHttpInterceptor(token=token)])
 
     @property
@@ -152,10 +135,14 @@ class LinkGrid(HttpGrid):
         if not got.messages_list:
             return None
         about, tree = got.messages_list[0].metadata, got.message_object_trees[0]
-        fetch = _patient(
-            make_pull_object_fn_protobuf(self.calls.PullObject, self.node, about.run_id)
-        )
-        message = arrived(tree, fetch, max_bytes)
+        pull = make_pull_object_fn_protobuf(self.calls.PullObject, self.node, about.run_id)
+
+        def fetch(object_id: str) -> bytes:
+            # What is kept needs no call; what is not may be small, on its way, or given up.
+            kept = self._shelf.read(object_id)
+            return redeemed(self._shelf, object_id, pull(object_id)) if kept is None else kept
+
+        message = arrived(tree, _patient(fetch), max_bytes)
         self.calls.ConfirmMessageReceived(
             message_pb2.ConfirmMessageReceivedRequest(
                 node=self.node, run_id=about.run_id, message_object_id=about.message_id
@@ -168,123 +155,13 @@ class LinkGrid(HttpGrid):
 
         Flower's own push has all of them in memory at once.
         """
-        with no_object_id_recompute():
-            message.metadata.__dict__["_message_id"] = message.object_id
-            objects, tree = get_all_nested_objects(message), get_object_tree(message)
-        bare = message_to_proto(remove_content_from_message(message))
-        asked = runtime_pb2.PushAppMessagesRequest(
-            messages_list=[bare], message_object_trees=[tree]
-        )
-        answer = self.calls.PushMessages(asked)
+        announced = announced_of(message)
+        answer = self.calls.PushMessages(announced.request)
         push = make_push_object_fn_protobuf(
             self.calls.PushObject, self.node, message.metadata.run_id, answer.session_id
         )
-        wanted = [i for i in objects if i in set(answer.objects_to_push)]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            list(pool.map(lambda object_id: push(object_id, objects[object_id].deflate()), wanted))
+        announced.push(set(answer.objects_to_push), push, self._shelf)
         return str(answer.message_ids[0]) if answer.message_ids else ""
-
-
-class _Chunk(ArrayChunk):
-    """A chunk that never changes: its id is worked out once, not once a message."""
-
-    is_dirty = False
-
-
-# Flower writes the class's name into the object.
-_Chunk.__qualname__ = ArrayChunk.__qualname__
-
-
-def fixed(record: RecordDict) -> RecordDict:
-    """The same record, whose arrays' chunks are hashed now and never again."""
-    for arrays in record.array_records.values():
-        for array in arrays.values():
-            chunks = [_Chunk(chunk.data) for _, chunk in array.slice_array()]  # type: ignore[attr-defined]
-            vars(array)["_chunks"] = [(chunk.object_id, chunk) for chunk in chunks]
-    return record
-
-
-def arrived(tree: ObjectTree, fetch: Callable[[str], bytes], max_bytes: int) -> Message:
-    """The message whose objects `fetch` gives, each large array put together as its chunks come.
-
-    Raises:
-        Malformed: they make no message, or one of more than `max_bytes`: an array may name one
-            chunk any number of times, so that little that was sent becomes much in memory.
-    """
-    announced = {node.object_id for node in iterate_object_tree(tree)}
-    small: dict[str, bytes] = {}
-    arrays: dict[str, InflatableObject] = {}
-    buffers: dict[bytes, bytearray | memoryview] = {}
-    left, used = [tree.object_id], 0
-    try:
-        while left:
-            object_id = left.pop()
-            if object_id in small or object_id in arrays:
-                continue
-            if object_id not in announced:
-                raise Malformed("An answer names an object that was not announced.")
-            content = fetch(object_id)
-            kind, children, _ = get_object_head_values_from_object_content(content)
-            if kind == Array.__qualname__:
-                whole, form = _whole(content, children, fetch, max_bytes - used)
-                buffers[key := object_id.encode()] = whole
-                arrays[object_id] = Array("uint8", (len(whole),), form, key)
-                used += len(whole)
-            else:
-                small[object_id] = content
-                left += children
-                used += len(content)
-            if used > max_bytes:
-                raise Malformed("An answer is larger than an update can be.")
-        message = inflate_object_from_contents(tree.object_id, small, objects=arrays)
-        if isinstance(message, Message) and message.has_content():
-            fill(message.content, buffers)
-    except (LookupError, ValueError, TypeError, AttributeError, RecursionError):
-        raise Malformed("An answer is not made of the objects that it names.") from None
-    if not isinstance(message, Message):
-        raise Malformed("An answer is not a message.")
-    return message
-
-
-def _whole(
-    content: bytes, children: list[str], fetch: Callable[[str], bytes], room: int
-) -> tuple[bytearray, str]:
-    """An array's bytes, each chunk copied to its place as it comes, and how to read them.
-
-    Raises:
-        ValueError, LookupError, TypeError: it is none. Malformed: larger than `room`.
-    """
-    about = json.loads(get_object_body(content, Array))
-    (size,) = about["shape"]
-    if about["dtype"] != "uint8" or type(size) is not int or not 0 <= size:
-        raise ValueError("no array of bytes")
-    if size > room:
-        raise Malformed("An answer would take more memory than an update can.")
-    order = [children[i] for i in about["arraychunk_ids"]]
-    buffer, at = bytearray(size), 0
-    for chunk in _ahead(order, fetch):
-        body = memoryview(chunk)[chunk.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :]
-        if get_object_type_from_object_content(chunk) != ArrayChunk.__qualname__:
-            raise ValueError("no chunk")
-        if not 0 < len(body) <= size - at:
-            raise ValueError("chunks of another size")
-        buffer[at : at + len(body)] = body
-        at += len(body)
-    if at != size:
-        raise ValueError("chunks of another size")
-    return buffer, str(about["stype"])
-
-
-def _ahead(order: list[str], fetch: Callable[[str], bytes]) -> Iterator[bytes]:
-    """Objects in order; the next ones are on their way while one is being used."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        coming: deque[Future[bytes]] = deque()
-        for object_id in order:
-            coming.append(pool.submit(fetch, object_id))
-            if len(coming) > _AT_ONCE:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
 
 
 def _patient(fetch: Callable[[str], bytes]) -> Callable[[str], bytes]:
@@ -307,10 +184,6 @@ def _patient(fetch: Callable[[str], bytes]) -> Callable[[str], bytes]:
         raise UploadBroken("A hospital's answer did not arrive whole.")
 
     return patient
-
-
-class Malformed(FederationError):
-    """A reply that is no message of a size that was asked for."""
 
 
 class UploadBroken(FederationError):

@@ -21,10 +21,12 @@ from flwr.supercore.constant import (
     FLEET_HTTP_SIGNATURE_HEADER,
 )
 from flwr.supercore.date import now
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from medfl.common.errors import FederationError
+from medfl.common.shelf import ticket
 
 
 class NodeKey:
@@ -72,18 +74,13 @@ def with_key(call: str, body: bytes, public: bytes) -> bytes:
     Raises:
         FederationError: not such a request.
     """
-    request = _parsed(call, body)
+    request = parsed(call, body)
     request.public_key = public
     return bytes(request.SerializeToString(deterministic=True))
 
 
-def speakers(call: str, body: bytes) -> set[int]:
-    """All node ids that a call claims to speak for.
-
-    Raises:
-        FederationError: not such a request.
-    """
-    request = _parsed(call, body)
+def speakers(call: str, request: Any) -> set[int]:
+    """All node ids that a parsed call claims to speak for."""
     if call in ("deactivate-node", "unregister-node"):
         return {int(request.node_id)}
     claimed = {int(request.node.node_id)}
@@ -94,7 +91,7 @@ def speakers(call: str, body: bytes) -> set[int]:
 
 def answered(body: bytes) -> list[str]:
     """Ids of the messages that a push-messages call answers."""
-    request = _parsed("push-messages", body)
+    request = parsed("push-messages", body)
     return [str(m.metadata.reply_to_message_id) for m in request.messages_list]
 
 
@@ -102,6 +99,52 @@ def delivered(answer: bytes) -> list[str]:
     """Ids of the messages in the answer to a pull-messages call."""
     got = fleet_pb2.PullMessagesResponse.FromString(answer)
     return [str(m.metadata.message_id) for m in got.messages_list]
+
+
+def trees(answer: bytes) -> dict[str, frozenset[str]]:
+    """Ids of all objects of each message in the answer to a pull-messages call."""
+    got = fleet_pb2.PullMessagesResponse.FromString(answer)
+    return {
+        str(tree.object_id): frozenset(node.object_id for node in iterate_object_tree(tree))
+        for tree in got.message_object_trees
+    }
+
+
+def lacking(answer: bytes) -> list[str]:
+    """Ids of the objects that the answer to a push-messages call asks for."""
+    return list(fleet_pb2.PushMessagesResponse.FromString(answer).objects_to_push)
+
+
+def confirmed(body: bytes) -> str:
+    """The message that a confirm-message-received call is about."""
+    return str(parsed("confirm-message-received", body).message_object_id)
+
+
+def with_ticket(request: Any) -> bytes:
+    """A parsed push-object call with a ticket in the place of the content."""
+    request.object_content = ticket(request.object_id)
+    return bytes(request.SerializeToString())
+
+
+def is_ticket(answer: bytes, object_id: str) -> bool:
+    """Whether the answer to a pull-object call is the object's ticket."""
+    if len(answer) > 4 * _SHORT:
+        return False
+    got = message_pb2.PullObjectResponse.FromString(answer)
+    return bool(got.object_content == ticket(object_id))
+
+
+def available(size: int) -> bytes:
+    """What the answer to a pull-object call begins with; an object of that size follows.
+
+    Fields 1 and 2 (found, available), then field 3 (the bytes) with its length as a varint:
+    protobuf.dev/programming-guides/encoding.
+    """
+    length = bytearray()
+    while size >= 128:
+        length.append(size % 128 | 128)
+        size //= 128
+    return b"\x08\x01\x10\x01\x1a" + bytes([*length, size])
 
 
 def activated(answer: bytes) -> int:
@@ -132,7 +175,14 @@ def not_stored(answer: bytes) -> bool:
     return not message_pb2.PushObjectResponse.FromString(answer).stored
 
 
-def _parsed(call: str, body: bytes) -> Any:
+COMING = bytes(
+    message_pb2.PullObjectResponse(object_found=True, object_available=False).SerializeToString()
+)
+NOT_STORED = bytes(message_pb2.PushObjectResponse(stored=False).SerializeToString())
+
+
+def parsed(call: str, body: bytes) -> Any:
+    """A call's request. Raises FederationError where it is none."""
     try:
         return _REQUESTS[call].FromString(body)
     except (DecodeError, KeyError):

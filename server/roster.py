@@ -89,9 +89,14 @@ def ask(sites: Sites, roster: Roster, asked: Instruction) -> Iterator[Reply]:
 
 def ask_each(sites: Sites, roster: Roster, asked: Mapping[str, Instruction]) -> Iterator[Reply]:
     """The same, where each site is asked something of its own; in the order of `asked`."""
-    replies = sites.ask((roster[name], one) for name, one in asked.items())
-    for (name, one), reply in zip(asked.items(), replies, strict=True):
-        why = reply.refusal
-        if not why and (reply.site, reply.round) != (name, one.round):
-            why = "answer to another question"
-        yield Reply(site=name, round=one.round, refusal=why) if why else reply
+    replies = iter(sites.ask((roster[name], one) for name, one in asked.items()))
+    # Nothing here may hold a reply while the next one comes: each is as large as the model.
+    for name, one in asked.items():
+        yield _named(name, one, next(replies))
+
+
+def _named(name: str, asked: Instruction, reply: Reply) -> Reply:
+    why = reply.refusal
+    if not why and (reply.site, reply.round) != (name, asked.round):
+        why = "answer to another question"
+    return Reply(site=name, round=asked.round, refusal=why) if why else reply

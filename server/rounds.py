@@ -268,6 +268,7 @@ class _Admitted:
         for reply in self._proportion.admit(self._sound()):
             self.replies.append(replace(reply, delta={}, control={}))
             yield reply
+            del reply  # else it would lie in memory until the next one is there
         for site in self._proportion.left_out:
             self._leave_out(site, OUT_OF_PROPORTION)
 
@@ -277,6 +278,7 @@ class _Admitted:
             self.bytes_up += size(reply.delta) + size(reply.control)
             kind = federation.study.federation.updates
             update, fault = opened(reply, asked, federation.travels, kind)
+            del reply  # packed; it would lie in memory beside what it was unpacked to
             if fault is None:
                 announced = federation.prepared.cases[update.site]
                 fault = fault_of(update, asked, federation.travels, announced)
@@ -284,6 +286,7 @@ class _Admitted:
                 yield update
             else:
                 self._leave_out(update.site, fault)
+            del update
 
     def _leave_out(self, site: str, why: str) -> None:
         self.left_out[site] = why
@@ -307,7 +310,7 @@ def _terms(federation: _Federation) -> Terms:
 def _only_asked(federation: _Federation, replies: Iterator[Reply]) -> Iterator[Reply]:
     task, evaluation = federation.study.task, federation.study.evaluation
     names = frozenset(evaluation.metrics or default_metrics(task))
-    return (cleaned(reply, names) for reply in replies)
+    return map(lambda reply: cleaned(reply, names), replies)
 
 
 def _judge_last(federation: _Federation, model: Model) -> tuple[RoundRecord, Model]:

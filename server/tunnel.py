@@ -14,14 +14,18 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import grpc
 
 from medfl.common import tunnel
 from medfl.common.errors import FederationError
+from medfl.common.shelf import Shelf
 from medfl.common.tunnel import KEY_HEADER, Answer, Call
 from medfl.server import nodes
 from medfl.server.nodes import NodeKey
+from medfl.server.parcels import Parcels
 from medfl.server.register import Roster
 from medfl.server.sessions import Sessions
 
@@ -40,11 +44,6 @@ _HOLD_S = 20.0
 # Without the bell a held pull still looks this often.
 _LOOK_S = 5.0
 _AT_ONCE = 4
-# Answers that a SuperNode would give up at too early: call -> (which, repeated for s, after s).
-_AGAIN = {
-    "pull-object": (nodes.on_its_way, 2.0, 0.02),
-    "push-object": (nodes.not_stored, 30.0, 0.5),
-}
 MAX_UPLOAD = 8 * 1024**3
 
 
@@ -82,15 +81,25 @@ class _Guest:
         self.node_id: int | None = None
         # Bytes since the last pull: what the coordinator's disk takes from one site at a time.
         self.uploaded = 0
+        self.parcels = Parcels()
 
 
 class Gate:
     """The checks and the way to the SuperLink."""
 
     def __init__(
-        self, superlink_address: str, key: str, roster: Roster, sessions: Sessions | None = None
+        self,
+        superlink_address: str,
+        key: str,
+        roster: Roster,
+        sessions: Sessions | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
-        """sessions: those of the gateway, so that both know one live client a site."""
+        """sessions: those of the gateway, so that both know one live client a site.
+
+        shelf: the SuperLink's large objects.
+        """
+        self._shelf = shelf
         host, port = superlink_address.rsplit(":", 1)
         self._host, self._port = host, int(port)
         self._key, self._roster = key, roster
@@ -141,7 +150,8 @@ class Gate:
     ) -> Answer:
         if name in _ARRIVALS:
             return self._arrive(site, guest, name, call)
-        claimed = nodes.speakers(name, call.body)
+        request = nodes.parsed(name, call.body)
+        claimed = nodes.speakers(name, request)
         if guest.node_id is None and len(claimed) == 1:
             # After the coordinator's restart: Flower checks that key and id belong together.
             pass
@@ -155,7 +165,7 @@ class Gate:
             if guest.uploaded > MAX_UPLOAD:
                 log.warning("site=%s uploads more than an update can be; refused", site)
                 return Answer(413)
-        answer = self._work(site, guest, name, call, active)
+        answer = self._work(site, guest, name, call, request, active)
         if answer.status == 200:
             guest.node_id = next(iter(claimed))
             self._roster.heard(site, guest.node_id)
@@ -179,24 +189,27 @@ class Gate:
             return Answer(503)
         guest.node_id = nodes.activated(answer.body)
         guest.generation += 1
+        guest.parcels.arrived()
         self._roster.arrived(site, guest.node_id)
         log.info("site=%s connected", site)
         return answer
 
     def _work(
-        self, site: str, guest: _Guest, name: str, call: Call, active: Callable[[], bool]
+        self,
+        site: str,
+        guest: _Guest,
+        name: str,
+        call: Call,
+        request: Any,
+        active: Callable[[], bool],
     ) -> Answer:
         if name == "pull-messages":
             return self._held(site, guest, call, active)
-        answer = self._pass(guest, call, call.body)
-        if name not in _AGAIN:
-            return answer
-        again, wait_s, nap_s = _AGAIN[name]
-        until = time.monotonic() + wait_s
-        while answer.status == 200 and again(answer.body) and time.monotonic() < until:
-            time.sleep(nap_s)
-            answer = self._pass(guest, call, call.body)
-        return answer
+        if name in ("pull-object", "push-object"):
+            move = guest.parcels.fetch if name == "pull-object" else guest.parcels.store
+            ask = partial(self._pass, guest, call)
+            return move(request, call.body, ask, self._shelf)
+        return self._pass(guest, call, call.body)
 
     def _held(self, site: str, guest: _Guest, call: Call, active: Callable[[], bool]) -> Answer:
         """The answer once it holds a message; status 0 after a while without one."""
@@ -221,10 +234,14 @@ class Gate:
     def _note(self, site: str, guest: _Guest, name: str, call: Call, answer: Answer) -> None:
         if name == "pull-messages":
             guest.uploaded = 0
+            guest.parcels.give(nodes.trees(answer.body))
             self._roster.gave(site, nodes.delivered(answer.body))
         elif name == "push-messages":
+            guest.parcels.want(nodes.lacking(answer.body))
             self._roster.got(site, nodes.answered(call.body))
             self._roster.ring()
+        elif name == "confirm-message-received":
+            guest.parcels.received(nodes.confirmed(call.body))
         elif name == "deactivate-node":
             self._roster.left(site)
             self._sessions.end(site, _session(call))

@@ -91,6 +91,7 @@ class Proportion:
             self._seen.append(lengths_of(update))
             if self._fits(update, self._seen[-1], self._earlier):
                 yield update
+            del update  # else it would lie in memory until the next one is there
 
     def _after_all(self, updates: Iterable[Reply]) -> Iterator[Reply]:
         bare: list[Reply] = []
@@ -100,6 +101,7 @@ class Proportion:
                 self._seen.append(lengths_of(update))
                 bare.append(replace(update, delta={}, control={}))
                 yield replace(update, delta=_as_one(update), control={})
+                del update
 
         with hold(noted()) as held:
             median = median_of(self._seen)

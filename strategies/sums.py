@@ -48,7 +48,7 @@ class Sum:
         for name, (start, shape) in self._places.items():
             mean = np.empty(math.prod(shape), dtype=np.float32)
             for where, block in self._blocks(start, len(mean)):
-                mean[where] = block / by
+                mean[where] = np.divide(block, by, out=block)
             means[name] = mean.reshape(shape)
         if self._file is not None:
             os.close(self._file)
@@ -73,19 +73,26 @@ class Sum:
 
     def _add_in_file(self, start: int, array: Array, weight: float) -> None:
         flat = array.reshape(-1)
+        part = np.empty(min(_BLOCK, len(flat)), dtype=np.float64)
         for where, block in self._blocks(start, len(flat)):
-            block += weight * flat[where].astype(np.float64)
+            weighted = part[: len(block)]
+            weighted[...] = flat[where]
+            weighted *= weight
+            block += weighted
             try:
                 os.pwrite(self._descriptor, block.data, start + 8 * where.start)
             except OSError as error:
                 raise _no_room(error) from None
 
     def _blocks(self, start: int, length: int) -> Iterator[tuple[slice, Array]]:
+        """Each part of a sum in the same memory: fresh memory would cost more than the sum."""
+        whole = np.empty(min(_BLOCK, length), dtype=np.float64)
         for first in range(0, length, _BLOCK):
             where = slice(first, min(first + _BLOCK, length))
-            size = 8 * (where.stop - first)
-            raw = bytearray(os.pread(self._descriptor, size, start + 8 * first))
-            yield where, np.frombuffer(raw, dtype=np.float64)
+            block = whole[: where.stop - first]
+            if os.preadv(self._descriptor, [block.data], start + 8 * first) != block.nbytes:
+                raise StorageError("The file of a sum is shorter than the sum; run it again.")
+            yield where, block
 
     @property
     def _descriptor(self) -> int:

@@ -32,8 +32,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 # One adapter a side, the processes that it starts, and the records that both send: a change in
 # Flower is met in few places.
 SPEAK_TO_FLOWER = {
+    "common/flower_objects.py",
     "common/flower_records.py",
     "client/flower.py",
+    "client/objects.py",
     "client/supernode.py",
     "server/flower.py",
     "server/link.py",

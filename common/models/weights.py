@@ -47,7 +47,8 @@ def set_weights(module: nn.Module, tensors: Tensors) -> None:
             )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(torch.from_numpy(np.array(tensors[name])))
+            # torch takes no array that must not be written to.
+            tensor.copy_(torch.from_numpy(np.require(tensors[name], requirements=["C", "W"])))
 
 
 def fit_fault(tensor: Tensor, array: Array) -> str | None:

@@ -29,11 +29,11 @@ from flwr.supercore.run import Run as FlowerRun
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 
 from medfl.common.bundle import study_bundle
+from medfl.common.flower_objects import Malformed, arrived, fixed
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import Envelope
 from medfl.common.tunnel import ALLOWED, MAX_BODY
-from medfl.server.link import Malformed, arrived, fixed
-from medfl.server.nodes import _REQUESTS, NodeKey, speakers
+from medfl.server.nodes import _REQUESTS, NodeKey, parsed, speakers
 
 
 def test_the_pinned_flower_is_the_one_that_was_read() -> None:
@@ -66,7 +66,7 @@ def test_every_call_but_the_first_two_names_its_node(name: str) -> None:
         request.node_id = 7
     else:
         request.node.node_id = 7
-    assert speakers(name, request.SerializeToString()) == {7}
+    assert speakers(name, parsed(name, request.SerializeToString())) == {7}
 
 
 def test_flowers_loop_sleeps_through_the_module_that_is_replaced() -> None:

@@ -121,7 +121,7 @@ def test_a_process_whose_gpu_failed_knows_it(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_task_names_its_run_and_study_before_its_bytes() -> None:
-    framed = frame(b"\x00payload", 1, 2, "abc")
+    framed = frame([b"\x00pay", b"load"], 1, 2, "abc")
     size = int.from_bytes(framed[:4], "big")
     assert framed[4 + size :] == b"\x00payload"
     assert framed[4 : 4 + size] == b'{"run_id": 1, "node_id": 2, "study": "abc"}'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import os
 import socket
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from medfl.client.tunnel import Forwarder, owner_of
 from medfl.common import tunnel
 from medfl.common.errors import FederationError
+from medfl.common.shelf import Shelf, ticket
 from medfl.common.tunnel import ALLOWED, Answer, Call, decode_answer, decode_call, encode
 from medfl.server.register import Roster
 from medfl.server.tunnel import Gate, fleet_handlers
@@ -453,3 +455,122 @@ def test_the_owner_of_a_connection_is_known() -> None:
         with socket.create_connection(own) as client, server.accept()[0]:
             assert owner_of(client.getsockname(), own) == os.geteuid()
             assert owner_of(("127.0.0.1", 1), own) is None
+
+
+CHUNK = b"ArrayChunk  300000\x00" + bytes(300_000)
+OBJECT = hashlib.sha256(CHUNK).hexdigest()
+
+
+@pytest.fixture
+def shelf(tmp_path) -> Shelf:
+    return Shelf(tmp_path / "objects")
+
+
+@pytest.fixture
+def keeper(superlink, shelf) -> Iterator[Gate]:
+    """A gate whose SuperLink gives message "m" to north alone and keeps large objects as files."""
+    made = Gate(superlink.address, KEY, Roster(), shelf=shelf)
+    given = fleet_pb2.PullMessagesResponse()
+    given.messages_list.add().metadata.message_id = "m"
+    given.message_object_trees.add(object_id="m").children.add(object_id=OBJECT)
+    superlink.plan["pull-messages"] = lambda body: (200, given.SerializeToString())
+    there = message_pb2.PullObjectResponse(
+        object_found=True, object_available=True, object_content=ticket(OBJECT)
+    )
+    superlink.plan["pull-object"] = lambda body: (200, there.SerializeToString())
+    lacking = fleet_pb2.PushMessagesResponse(objects_to_push=[OBJECT])
+    superlink.plan["push-messages"] = lambda body: (200, lacking.SerializeToString())
+    stored = message_pb2.PushObjectResponse(stored=True).SerializeToString()
+    superlink.plan["push-object"] = lambda body: (200, stored)
+    for site in ("north", "south"):
+        activate(made, site)
+    made.answer("north", pull())
+    yield made
+    made.close()
+
+
+def fetch(object_id: str = OBJECT) -> Call:
+    request = message_pb2.PullObjectRequest(node=Node(node_id=11), object_id=object_id)
+    return call("pull-object", request.SerializeToString())
+
+
+def send(content: bytes, object_id: str = OBJECT) -> Call:
+    request = message_pb2.PushObjectRequest(
+        node=Node(node_id=11), object_id=object_id, object_content=content, session_id="7"
+    )
+    return call("push-object", request.SerializeToString())
+
+
+def announce(gate: Gate, site: str) -> None:
+    body = fleet_pb2.PushMessagesRequest(node=Node(node_id=11)).SerializeToString()
+    assert gate.answer(site, call("push-messages", body, id="a")).status == 200
+
+
+def content_of(answer: Answer) -> bytes:
+    return message_pb2.PullObjectResponse.FromString(answer.body + answer.more).object_content
+
+
+def was_stored(answer: Answer) -> bool:
+    return message_pb2.PushObjectResponse.FromString(answer.body).stored
+
+
+def test_a_site_fetches_the_objects_of_its_own_messages_only(keeper, superlink, shelf) -> None:
+    shelf.lay(OBJECT, CHUNK)
+    shelf.keep(OBJECT)
+    assert keeper.answer("south", fetch()).status == 403
+    assert keeper.answer("north", fetch("f" * 64)).status == 403
+    assert "pull-object" not in superlink.names()
+    for _ in range(2):
+        assert content_of(keeper.answer("north", fetch())) == CHUNK
+    confirmation = message_pb2.ConfirmMessageReceivedRequest(
+        node=Node(node_id=11), message_object_id="m"
+    )
+    keeper.answer("north", call("confirm-message-received", confirmation.SerializeToString()))
+    assert keeper.answer("north", fetch()).status == 403
+
+
+def test_a_run_that_is_over_lets_nobody_fetch_on(keeper, superlink, shelf, monkeypatch) -> None:
+    """The file may lie there still; the SuperLink's word counts, and is asked for every second."""
+    shelf.lay(OBJECT, CHUNK)
+    shelf.keep(OBJECT)
+    monkeypatch.setattr("medfl.server.parcels._ALIVE_S", 0.0)
+    assert keeper.answer("north", fetch()).status == 200
+    superlink.plan["pull-object"] = lambda body: (403, b"")
+    assert keeper.answer("north", fetch()).status == 403
+
+
+def test_a_file_that_is_lost_is_still_to_come(keeper, monkeypatch) -> None:
+    monkeypatch.setattr("medfl.server.parcels._COMING_S", 0.1)
+    got = message_pb2.PullObjectResponse.FromString(keeper.answer("north", fetch()).body)
+    assert (got.object_found, got.object_available) == (True, False)
+
+
+def test_a_site_sends_what_it_was_asked_for_only(keeper, superlink, shelf) -> None:
+    assert keeper.answer("north", send(CHUNK)).status == 403
+    announce(keeper, "north")
+    assert keeper.answer("south", send(CHUNK)).status == 403
+    other = CHUNK[:-1] + b"x"
+    assert keeper.answer("north", send(other, hashlib.sha256(other).hexdigest())).status == 403
+    assert not was_stored(keeper.answer("north", send(other)))
+    assert not was_stored(keeper.answer("north", send(ticket(OBJECT))))
+    assert "push-object" not in superlink.names()
+    assert list(shelf.folder.iterdir()) == []
+
+
+def test_an_object_that_was_asked_for_is_laid_and_its_ticket_sent_once(keeper, superlink, shelf):
+    announce(keeper, "north")
+    for _ in range(2):
+        assert was_stored(keeper.answer("north", send(CHUNK)))
+    sent = [body for name, _, body in superlink.calls if name == "push-object"]
+    (request,) = (message_pb2.PushObjectRequest.FromString(body) for body in sent)
+    assert (request.object_content, request.session_id) == (ticket(OBJECT), "7")
+    laid = shelf.laid(OBJECT)
+    assert laid is not None
+    assert laid.read_bytes() == CHUNK
+
+
+def test_nothing_stays_of_an_object_that_the_superlink_does_not_take(keeper, superlink, shelf):
+    announce(keeper, "north")
+    superlink.plan["push-object"] = lambda body: (403, b"")
+    assert keeper.answer("north", send(CHUNK)).status == 403
+    assert list(shelf.folder.iterdir()) == []
