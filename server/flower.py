@@ -159,7 +159,9 @@ class ConnectedSites:
     def _received(self, message_id: str, asked: Instruction) -> RecordDict | object | None:
         sent = sum(a.nbytes for group in (asked.weights, asked.control) for a in group.values())
         try:
-            got = self._run.receive(message_id, 2 * sent + _MAX_REST)
+            got = self._run.receive(
+                message_id, 2 * sent + _MAX_REST, lambda: self._roster.was_broken(message_id)
+            )
         except UploadBroken:
             return _GONE
         return _GONE if isinstance(got, Error) else got

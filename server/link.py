@@ -122,10 +122,13 @@ class LinkGrid(HttpGrid):
         """The runtime calls of this run's task."""
         return self._runtime_client
 
-    def pull_one(self, message_id: str, max_bytes: int) -> Message | None:
+    def pull_one(
+        self, message_id: str, max_bytes: int, given_up: Callable[[], bool]
+    ) -> Message | None:
         """The reply to a message, or None where there is none yet.
 
         Flower's own pull waits a second whenever an object is still on its way, and takes any size.
+        given_up: whether what is not there will never come.
 
         Raises:
             UploadBroken: it did not arrive whole. Malformed: it is no message, or too large.
@@ -142,7 +145,7 @@ class LinkGrid(HttpGrid):
             kept = self._shelf.read(object_id)
             return redeemed(self._shelf, object_id, pull(object_id)) if kept is None else kept
 
-        message = arrived(tree, _patient(fetch), max_bytes)
+        message = arrived(tree, _patient(fetch, given_up), max_bytes)
         self.calls.ConfirmMessageReceived(
             message_pb2.ConfirmMessageReceivedRequest(
                 node=self.node, run_id=about.run_id, message_object_id=about.message_id
@@ -164,7 +167,7 @@ class LinkGrid(HttpGrid):
         return str(answer.message_ids[0]) if answer.message_ids else ""
 
 
-def _patient(fetch: Callable[[str], bytes]) -> Callable[[str], bytes]:
+def _patient(fetch: Callable[[str], bytes], given_up: Callable[[], bool]) -> Callable[[str], bytes]:
     """Waits for an object that is still on its way.
 
     Raises:
@@ -177,6 +180,8 @@ def _patient(fetch: Callable[[str], bytes]) -> Callable[[str], bytes]:
             try:
                 return fetch(object_id)
             except ObjectUnavailableError:
+                if given_up():
+                    break
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, 0.3)
             except ObjectPullError:
@@ -231,13 +236,17 @@ class Run:
             raise FederationError(f"The engine did not take a message for node {node_id}.")
         return sent
 
-    def receive(self, message_id: str, max_bytes: int) -> RecordDict | Error | None:
+    def receive(
+        self, message_id: str, max_bytes: int, given_up: Callable[[], bool] = lambda: False
+    ) -> RecordDict | Error | None:
         """The reply, an error where Flower gave it up, or None where there is none yet.
+
+        given_up: whether parts that are not there will never come.
 
         Raises:
             UploadBroken: the reply is there and parts of it never came. Malformed: it is none.
         """
-        message = self._grid.pull_one(message_id, max_bytes)
+        message = self._grid.pull_one(message_id, max_bytes, given_up)
         if message is None:
             return None
         return message.error if message.has_error() else message.content

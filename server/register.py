@@ -12,11 +12,16 @@ GONE_AFTER_S = 75.0
 
 @dataclass(slots=True)
 class _Place:
-    """One site. given: messages that its present SuperNode got and has not answered."""
+    """One site.
+
+    given: messages that its present SuperNode got and has not answered. sent: those that it
+        answered last; the answer's parts may still be on their way.
+    """
 
     node_id: int
     heard: float
     given: set[str] = field(default_factory=set)
+    sent: set[str] = field(default_factory=set)
 
 
 class Roster:
@@ -29,6 +34,7 @@ class Roster:
         self._heard: dict[str, float] = {}
         self._born = time.monotonic()
         self._lost: set[str] = set()
+        self._broken: set[str] = set()
 
     def ring(self) -> None:
         """Wake everybody who waits."""
@@ -53,6 +59,7 @@ class Roster:
             before = self._places.get(site)
             if before is not None:
                 self._lost |= before.given
+                self._broken |= before.sent
             self._places[site] = _Place(node_id, time.monotonic())
             self._heard[site] = time.monotonic()
         self.ring()
@@ -70,6 +77,7 @@ class Roster:
             gone = self._places.pop(site, None)
             if gone is not None:
                 self._lost |= gone.given
+                self._broken |= gone.sent
         self.ring()
 
     def gave(self, site: str, message_ids: list[str]) -> None:
@@ -81,8 +89,9 @@ class Roster:
     def got(self, site: str, message_ids: list[str]) -> None:
         """The site has answered these."""
         with self._changed:
-            if site in self._places:
+            if site in self._places and message_ids:
                 self._places[site].given.difference_update(message_ids)
+                self._places[site].sent = set(message_ids)
 
     def was_lost(self, message_id: str) -> bool:
         """Whether a SuperNode took this message with it; said once."""
@@ -91,6 +100,11 @@ class Roster:
                 return False
             self._lost.discard(message_id)
             return True
+
+    def was_broken(self, message_id: str) -> bool:
+        """Whether the SuperNode that began to answer this message is gone, with what it had."""
+        with self._changed:
+            return message_id in self._broken
 
     def node_of(self, site: str) -> int | None:
         """The site's node; None where it is not connected."""

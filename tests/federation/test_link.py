@@ -57,3 +57,20 @@ def test_what_is_signed_for_one_use_is_used_once() -> None:
 def test_patience_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "_BUSY_S", 0.0)
     assert answered("PullMessages", (500, b""), (200, b"")) == (500, 1)
+
+
+def test_parts_that_will_not_come_are_not_waited_for() -> None:
+    from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError
+
+    from medfl.server.link import UploadBroken, _patient
+
+    asked = []
+
+    def absent(object_id: str) -> bytes:
+        asked.append(object_id)
+        raise ObjectUnavailableError(object_id)
+
+    with pytest.raises(UploadBroken):
+        _patient(absent, lambda: True)("x")
+    assert asked == ["x"]
+    assert _patient(lambda object_id: b"here", lambda: True)("x") == b"here"

@@ -286,6 +286,17 @@ def test_what_a_supernode_took_with_it_is_known_to_be_lost() -> None:
     assert not roster.was_lost("b")
 
 
+def test_an_answer_whose_supernode_is_gone_will_not_be_completed() -> None:
+    roster = Roster()
+    roster.arrived("north", 11)
+    roster.gave("north", ["a"])
+    roster.got("north", ["a"])
+    assert not roster.was_broken("a"), "its parts may be on their way"
+    roster.arrived("north", 11)
+    assert roster.was_broken("a")
+    assert not roster.was_lost("a"), "it may be whole, and then it counts"
+
+
 def test_a_site_is_away_since_it_was_heard_or_since_the_start(monkeypatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr("medfl.server.register.time.monotonic", lambda: clock[0])
