@@ -111,20 +111,11 @@ def _carry(
 @contextmanager
 def _working(home: Home, hatch: Hatch, line: Line, site: str) -> Iterator[None]:
     """SuperNode, forwarder and runner, as `medfl.client.service` has them in one process."""
-    from medfl.client.runner import Node, Runner
-    from medfl.client.tunnel import Forwarder
+    from medfl.client.runner import at_work
 
-    forwarder = Forwarder(line.channel, hatch.trainer.session)
-    node = Node(forwarder, home.folder / "node")
-    runner = Runner(site, node, hatch.trainer, forwarder.mail)
-    node.start(forwarder.start())
-    runner.start()
-    try:
+    trainer = hatch.trainer
+    with at_work(line.channel, trainer.session, home.folder / "node", site, trainer):
         yield
-    finally:
-        node.stop()
-        runner.stop()
-        forwarder.stop()
 
 
 def user_id(name: str) -> int:

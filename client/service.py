@@ -122,8 +122,7 @@ def _connection(
 @contextmanager
 def _working(home: Home, site_file: Path, line: Line, session: str) -> Iterator[None]:
     """The processes that do the work, ended in the order that loses least."""
-    from medfl.client.runner import Node, Runner, Trainer
-    from medfl.client.tunnel import Forwarder
+    from medfl.client.runner import Trainer, at_work
 
     argument = json.dumps({"state": str(home.folder), "site": str(site_file)})
     trainer = Trainer.for_hospitals(FINDER, argument, home.folder / "trainer.log")
@@ -131,17 +130,9 @@ def _working(home: Home, site_file: Path, line: Line, session: str) -> Iterator[
         with hatch.attached(line.address, trainer, session):
             yield
         return
-    forwarder = Forwarder(line.channel, session)
-    node = Node(forwarder, home.folder / "node")
-    runner = Runner(home.enrolment().site, node, trainer, forwarder.mail)
-    node.start(forwarder.start())
-    runner.start()
-    try:
+    site, folder = home.enrolment().site, home.folder / "node"
+    with at_work(line.channel, session, folder, site, trainer):
         yield
-    finally:
-        node.stop()
-        runner.stop()
-        forwarder.stop()
 
 
 def _report(
