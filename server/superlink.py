@@ -26,6 +26,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # The coordinator names all messages of a round in one call; objects are 5 MiB.
 _MAX_BODY = 64 * 1024 * 1024
+# How long a call waits for the database's lock; the gate waits 60 s for the call.
+_BUSY_MS = "45000"
 
 
 def guarded(app: App, key: str) -> App:
@@ -82,6 +84,7 @@ def serve(listener: socket.socket, database: Path, key: str) -> None:
     """Serve until told to stop (SIGTERM)."""
     import uvicorn
     from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
+    from flwr.supercore import sql_mixin
     from flwr.supercore.object_store import object_store_factory
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
@@ -92,6 +95,10 @@ def serve(listener: socket.socket, database: Path, key: str) -> None:
     # Flower chooses the store by the database's name alone.
     store = partial(FileObjectStore, folder=database.with_name("objects"))
     vars(object_store_factory)["SqlObjectStore"] = store
+    # After Flower's 5 s a pull can fail when it has already claimed the message for the hospital,
+    # which then never sees it.
+    pragmas = dict(sql_mixin.SQLITE_PRAGMAS) | {"busy_timeout": _BUSY_MS}
+    vars(sql_mixin)["SQLITE_PRAGMAS"] = tuple(pragmas.items())
     host, port = listener.getsockname()[:2]
     config = SuperLinkLifespanConfig(
         control_address=f"{host}:{port}",

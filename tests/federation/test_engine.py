@@ -6,16 +6,22 @@ import http.client
 import io
 import os
 import signal
+import sqlite3
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
+from flwr.proto.fleet_pb2 import RegisterNodeFleetRequest
 
-from medfl.common import tensors
+from medfl.common import tensors, tunnel
 from medfl.common.bundle import study_bundle
 from medfl.common.errors import StorageError
+from medfl.common.tunnel import Call
 from medfl.server.engine import Engine
+from medfl.server.tunnel import Gate
 from medfl.simulations.run import Machine, plan_runs, run_all
 from medfl.simulations.sites import find_hospitals
 
@@ -187,6 +193,32 @@ def test_nobody_on_the_machine_can_call_the_engine_without_its_key(tmp_path) -> 
         started = time.monotonic()
         engine.stop()
         assert time.monotonic() - started < 12
+
+
+@pytest.mark.slow
+def test_a_call_waits_until_the_engines_database_is_free(tmp_path) -> None:
+    """Longer than Flower's own 5 s, after which a claimed message would be lost."""
+    engine = Engine(tmp_path / "coordinator")
+    engine.start()
+    try:
+        gate = Gate(engine.address, (engine.folder / "engine.key").read_text(), engine.roster)
+        (database,) = engine.folder.glob("*.db")
+        body = RegisterNodeFleetRequest(public_key=b"its own").SerializeToString()
+        headers = {tunnel.SESSION: "s", "content-type": "application/protobuf"}
+        register = Call("1", "/v1/fleet/register-node", headers, body)
+        with (
+            closing(sqlite3.connect(database, timeout=20, isolation_level=None)) as lock,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            lock.execute("BEGIN EXCLUSIVE")
+            answer = pool.submit(gate.answer, "north", register)
+            time.sleep(7)
+            assert not answer.done()
+            lock.execute("ROLLBACK")
+            assert answer.result(40).status == 200
+        gate.close()
+    finally:
+        engine.stop()
 
 
 def test_a_key_that_others_can_read_is_refused(tmp_path) -> None:
