@@ -77,6 +77,8 @@ class Approved:
         """
         if asked.kind == "round" and envelope.arrays.get("delta"):
             self._note_lineage(asked)
+        if self._last is not None:
+            witness.know_ledger(self.home, self._last[1].ledger)
         bare = Seal(
             study=asked.study_digest,
             run=asked.run,

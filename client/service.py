@@ -63,7 +63,8 @@ def serve(
     said: told what a person may want to see: connected, waiting, lost.
 
     Raises:
-        PolicyRefused: the coordinator refuses this site for good (revoked, expired).
+        PolicyRefused: the coordinator refuses this site for good (revoked, expired), or its
+            privacy ledger was put back.
         ConfigError: others may write a file of this site.
         StorageError: another client runs on this folder, its disk is full or a file damaged.
     """
@@ -83,7 +84,7 @@ def serve(
                 # What is wrong with this site's own files (ConfigError, StorageError) ends it.
                 if isinstance(error, PolicyRefused) and "try again in" not in str(error):
                     _note(home, "refused", str(error))
-                    home.record("refused by the coordinator", why=str(error)[:500])
+                    home.record("client stopped by a refusal", why=str(error)[:500])
                     raise
                 said(f"{error} Trying again in {wait_s:.0f} s.")
                 _note(home, "not connected", str(error))

@@ -9,6 +9,7 @@ from typing import ClassVar
 from pydantic import ConfigDict
 
 from medfl.client.coordinator import Line
+from medfl.client.ledger import Head as LedgerHead
 from medfl.client.ledger import Ledger
 from medfl.client.premises import Enrolment, Home
 from medfl.common import heads
@@ -118,21 +119,36 @@ def check(home: Home) -> Checked:
 
 
 def refuse_other_ledger(home: Home, ledger: Ledger) -> None:
-    """Nothing is trained on a ledger that lacks what it had when the coordinator was shown it.
+    """Nothing is trained on a ledger that lacks what it had at the last answer or exchange.
 
     Raises:
         PolicyRefused: it was cut short, put back or begun anew. StorageError: it is damaged.
     """
-    last = load_record(_shown_file(home), Witness)
-    if last is None or ledger.has_sealed(_label(home.enrolment(), last.n), last.hash):
+    known, last = (
+        load_record(_known_file(home), LedgerHead),
+        load_record(_shown_file(home), Witness),
+    )
+    whole = known is None or ledger.noticed(known) is None
+    if whole and (last is None or ledger.has_sealed(_label(home.enrolment(), last.n), last.hash)):
         return
     home.record("privacy ledger was rolled back")
     raise PolicyRefused(
-        f"{ledger.folder}: the privacy ledger lacks what it had when the coordinator was last "
-        "shown it: it was cut short, put back or begun anew, or site.toml names another one. "
-        "Nothing is trained, since nobody knows what was spent. Restore its latest copy; where "
-        "there is none, docs/privacy.md says what the data protection officer can decide."
+        f"{ledger.folder}: the privacy ledger lacks what it had when this hospital last answered, "
+        "or the coordinator was last shown it: it was cut short, put back or begun anew, or "
+        "site.toml names another one. Nothing is trained, since nobody knows what was spent. "
+        "Restore its latest copy; where there is none, docs/privacy.md says what the data "
+        "protection officer can decide."
     )
+
+
+def know_ledger(home: Home, ledger: Ledger) -> None:
+    """Remember what the ledger has now: the next exchange may come after somebody put it back.
+
+    A ledger that was put back is not taken for the new one, also where a refusal is sealed.
+    """
+    known, head = load_record(_known_file(home), LedgerHead), ledger.head()
+    if head.lines and (known is None or ledger.noticed(known) is None):
+        save_record(_known_file(home), head)
 
 
 def _ledger_head(home: Home, ledger: Ledger) -> Witness | None:
@@ -149,9 +165,13 @@ def _ledger_head(home: Home, ledger: Ledger) -> Witness | None:
     return shown
 
 
+# Both apart from the ledger: what puts one of the two folders back leaves the other.
 def _shown_file(home: Home) -> Path:
-    # Apart from the ledger: what puts one of the two back leaves the other.
     return home.folder / "ledger_shown.json"
+
+
+def _known_file(home: Home) -> Path:
+    return home.folder / "ledger_known.json"
 
 
 def _label(enrolment: Enrolment, n: int) -> str:

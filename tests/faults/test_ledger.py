@@ -9,12 +9,14 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness.world import PRIVATE, Site, World
+
+from medfl.common.errors import PolicyRefused
 
 Seen = Callable[[str], None]
 pytestmark = pytest.mark.timeout(800)
@@ -163,23 +165,35 @@ def test_a_ledger_that_shrank_stops_the_hospital(private: Any, seen: Seen) -> No
     world.publish("more", rounds=1)
     for one in world.sites.values():
         one.approve("more")
-    for content in (early, {}):
+
+    def put_back(content: Mapping[str, bytes]) -> None:
         for path in list(folder.iterdir()):
             path.unlink()
         for name, raw in content.items():
             (folder / name).write_bytes(raw)
+
+    def sites_of(run: str) -> set[str]:
+        return {s["name"] for r in world.rounds(run) for s in r["sites"]}
+
+    assert world.server is not None
+    for content in (early, {}):
+        put_back(content)
         again = world.run("more", seed=len(content))
         world.ends(again)
-        assert all([s["name"] for s in r["sites"]] == ["north"] for r in world.rounds(again))
-    whats = [e["what"] for e in site.audit()]
-    assert whats.count("privacy ledger was rolled back") >= 2
-    assert "it was cut short, put back or begun anew" in site.trainer_log()
-    for path in list(folder.iterdir()):
-        path.unlink()
-    for name, raw in late.items():
-        (folder / name).write_bytes(raw)
-    world.ends(world.run("more", seed=5))
+        assert sites_of(again) == {"north"}
+        assert site.process is not None
+        assert site.process.ended(60) == PolicyRefused.exit_code
+        assert "Restore its latest copy" in site.process.said
+        put_back(late)
+        since = len(world.server.lines)
+        site.start()
+        world.connected("south", since=since)
+    assert [e["what"] for e in site.audit()].count("privacy ledger was rolled back") >= 2
+    whole = world.run("more", seed=5)
+    world.ends(whole)
+    assert sites_of(whole) == {"north", "south"}
     seen(
-        "took no part both times, noted in its log; the coordinator holds a countersigned word of "
-        "the ledger; with the latest copy back it takes part again"
+        "took no part both times, noted in its log, and ended with exit 5 and what to restore; the "
+        "coordinator holds a countersigned word of the ledger; with the latest copy back it takes "
+        "part again"
     )

@@ -163,6 +163,26 @@ def test_nothing_is_run_on_a_ledger_that_was_put_back(world: World) -> None:
         world.find()
 
 
+def test_a_ledger_put_back_between_two_exchanges_is_noticed_as_well(world: World) -> None:
+    world.approve()
+    hospital = world.find()
+    charge = Charge(world.study.digest, "tiny", "r", "training", 1, 4.0, 0.5, 5)
+    hospital.ledger.reserve(charge, ["a", "b"])
+    early = (hospital.ledger.folder / "ledger.jsonl").read_bytes()
+    hospital.ledger.reserve(replace(charge, round=2), ["a", "b"])
+    asked = Instruction(kind="round", study_digest=world.study.digest, run="r", round=2)
+    world.finder.seal("{}", asked, pack(Reply(site="north", round=2)))
+    late = (hospital.ledger.folder / "ledger.jsonl").read_bytes()
+    (hospital.ledger.folder / "ledger.jsonl").write_bytes(early)
+    for _ in range(2):
+        with pytest.raises(PolicyRefused, match="when this hospital last answered"):
+            world.find()
+        # The refusal is an answer too.
+        world.finder.seal("{}", asked, pack(Reply(site="north", round=2, refusal="no")))
+    (hospital.ledger.folder / "ledger.jsonl").write_bytes(late)
+    world.find()
+
+
 def test_each_answer_is_sealed_and_noted(world: World) -> None:
     asked = Instruction(kind="round", study_digest=world.study.digest, run="r", round=3)
     envelope = pack(Reply(site="north", round=3))
