@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from harness.processes import Started
 
 STUDY = """
 name = "tiny"
@@ -71,44 +71,23 @@ class World:
 
     folder: Path
     environment: dict[str, str]
-    all: list[subprocess.Popen[str]] = field(default_factory=list)
-    told: dict[int, str] = field(default_factory=dict)
+    all: list[Started] = field(default_factory=list)
     python: str = sys.executable
 
     @property
     def fed(self) -> Path:
         return self.folder / "fed"
 
-    def start(
-        self, *argv: str, says: str, by: tuple[str, ...] = (), **more: str
-    ) -> subprocess.Popen[str]:
+    def start(self, *argv: str, says: str, by: tuple[str, ...] = (), **more: str) -> Started:
         """Start medfl-... in the foreground; return once it says so."""
-        process = subprocess.Popen(
-            [*by, *self.command(argv)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            bufsize=1,
-            cwd=self.folder,
-            env=self.environment | more,
-        )
+        process = Started([*by, *self.command(argv)], self.folder, self.environment | more)
         self.all.append(process)
         self.hears(process, says)
         return process
 
-    def hears(self, process: subprocess.Popen[str], says: str, within_s: float = PATIENCE_S) -> str:
-        """Read on until a line holds `says`; returns that line."""
-        end = time.monotonic() + within_s
-        assert process.stdout is not None
-        while time.monotonic() < end:
-            if not select.select([process.stdout], [], [], 1.0)[0]:
-                continue
-            line = process.stdout.readline()
-            self.told[process.pid] = self.told.get(process.pid, "") + line
-            assert line, self.told[process.pid]
-            if says in line:
-                return line
-        raise AssertionError(f"never said {says!r}: {self.told.get(process.pid)}")
+    def hears(self, process: Started, says: str) -> None:
+        """Wait for a line that holds `says`, after the last one that was waited for."""
+        process.heard = process.wait_for(says, PATIENCE_S, process.heard)
 
     def done(
         self, *argv: str, by: tuple[str, ...] = (), code: int = 0, **more: str
@@ -130,10 +109,9 @@ class World:
         """What a command prints as JSON."""
         return json.loads(self.done(*argv, "--json", **more).stdout)
 
-    def end(self, process: subprocess.Popen[str], how: int = signal.SIGTERM) -> int:
-        process.send_signal(how)
-        process.communicate(timeout=PATIENCE_S)
-        return process.returncode
+    def end(self, process: Started, how: int = signal.SIGTERM) -> int:
+        process.popen.send_signal(how)
+        return process.ended(PATIENCE_S)
 
     def coordinator(self) -> str:
         """Make one and publish a study; returns where it will listen."""
@@ -162,11 +140,10 @@ def world() -> Iterator[World]:
     made = World(folder, environment)
     yield made
     for process in reversed(made.all):
-        if process.poll() is None:
-            process.terminate()
+        if process.popen.poll() is None:
+            process.popen.terminate()
             try:
-                process.communicate(timeout=20)
-            except subprocess.TimeoutExpired:
+                process.ended(20)
+            except AssertionError:
                 process.kill()
-        process.communicate()
     shutil.rmtree(folder)

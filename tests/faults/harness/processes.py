@@ -43,6 +43,8 @@ class Started:
         )
         self.killed = False
         self.lines: list[str] = []
+        # How far a reader is who waits for one line after another.
+        self.heard = 0
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
