@@ -85,6 +85,7 @@ def serve(listener: socket.socket, database: Path, key: str) -> None:
     import uvicorn
     from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
     from flwr.supercore import sql_mixin
+    from flwr.supercore.constant import SQLITE_PRAGMAS
     from flwr.supercore.object_store import object_store_factory
     from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
     from flwr.superlink.config_loader import SuperLinkLifespanConfig, load_control_authn_plugin
@@ -97,7 +98,7 @@ def serve(listener: socket.socket, database: Path, key: str) -> None:
     vars(object_store_factory)["SqlObjectStore"] = store
     # After Flower's 5 s a pull can fail when it has already claimed the message for the hospital,
     # which then never sees it.
-    pragmas = dict(sql_mixin.SQLITE_PRAGMAS) | {"busy_timeout": _BUSY_MS}
+    pragmas = dict(SQLITE_PRAGMAS) | {"busy_timeout": _BUSY_MS}
     vars(sql_mixin)["SQLITE_PRAGMAS"] = tuple(pragmas.items())
     host, port = listener.getsockname()[:2]
     config = SuperLinkLifespanConfig(
