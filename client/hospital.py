@@ -24,6 +24,7 @@ from medfl.client.ledger import Entry, Ledger
 from medfl.client.outgoing import outgoing
 from medfl.client.released import withheld
 from medfl.client.secure_site import Identity
+from medfl.client.small_counts import without_small
 from medfl.client.training.plan import TrainPlan
 from medfl.common import tensors
 from medfl.common.errors import PolicyRefused
@@ -176,7 +177,9 @@ def _refuse_forbidden(hospital: Hospital, asked: Instruction) -> None:
 def _prepare(hospital: Hospital, asked: Instruction) -> Reply:
     study, cohort, terms = hospital.study, hospital.cohort, hospital.terms
     statistics = local_statistics(study, cohort, private=terms is not None)
-    if terms is not None:
+    if terms is None:
+        statistics = without_small(statistics, study, hospital.smallest_count)
+    else:
         uses = budget.whole_study(study, terms, asked.run, hospital.patients)
         budget.refuse_too_much(hospital.ledger, terms, uses)
         private_site.note_cohort(hospital)

@@ -22,8 +22,9 @@ class Policy:
     round_metrics_to: decimals of metrics that leave the hospital.
     require_secure_aggregation: train only in studies whose updates are summed under masks.
     min_sum_sites: under masks, the fewest hospitals (this one counted) whose sum may be seen.
-    smallest_count: a number of cases below this does not leave, nor do metrics of so few; with
-        fewer training cases the site takes no part.
+    smallest_count: a number of cases below this does not leave, nor do metrics or sums of so few;
+        the counts of the prepare exchange are raised to it. With fewer training cases the site
+        takes no part.
     """
 
     min_cases: Count = 1
