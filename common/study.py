@@ -517,7 +517,15 @@ def _privacy_faults(study: Study) -> list[str]:
             )
     if privacy.metrics_epsilon is not None and study.task.multi_label:
         faults.append("privacy.metrics_epsilon: is not for multi_label tasks yet; remove it")
-    return faults
+    open_ones = unprotected(study)
+    if study.record is not None and study.record.scale == "site":
+        # The hospital's own means shape what its updates say.
+        open_ones.append('record.scale (write "range", with a range for each number)')
+    return faults + [
+        f"privacy: {key}; without that it is computed from the records with no noise, and each "
+        "private hospital refuses"
+        for key in open_ones
+    ]
 
 
 def _secure_faults(study: Study) -> list[str]:

@@ -20,7 +20,7 @@ from medfl.client.data.cohort import build_cohort
 from medfl.client.hospital import Hospital, answer
 from medfl.client.ledger import Ledger
 from medfl.common import accounting, config
-from medfl.common.errors import BudgetSpent, FederationError, PolicyRefused
+from medfl.common.errors import BudgetSpent, ConfigError, FederationError, PolicyRefused
 from medfl.common.messages import Instruction, Reply, pack
 from medfl.common.models import build_model
 from medfl.common.models.weights import get_weights
@@ -194,7 +194,10 @@ def test_a_hospital_that_declares_no_number_takes_no_part_but_a_simulation_count
 
 def test_statistics_without_noise_are_refused(make_site) -> None:
     open_levels = {"features": [{"name": "age", "kind": "category"}], "scale": "none"}
-    site = make_site(study=study_of(record=open_levels))
+    with pytest.raises(ConfigError, match=r"privacy: record\.features .*each private hospital"):
+        study_of(record=open_levels)
+    # A study of open hospitals may compute them; one that is private by its own choice refuses.
+    site = make_site(study=study_of(record=open_levels, privacy=None))
     with pytest.raises(PolicyRefused, match="levels of each category"):
         answer(site, asked(site, "prepare"))
 

@@ -246,6 +246,18 @@ CONTRADICTIONS: list[tuple[Over, str]] = [
     ),
     ({"privacy": {"epsilon": 1.0, "delta": 1.0}}, "privacy.delta: must be below 1; use less than"),
     (
+        {"privacy": {"epsilon": 1.0, "delta": 1e-5}, "image": {"intensity": "federated"}},
+        'privacy: image.intensity (write "zscore", "percentiles" or "range"); without that',
+    ),
+    (
+        {
+            "privacy": {"epsilon": 1.0, "delta": 1e-5},
+            "record": {"features": [{"name": "a"}], "scale": "site"},
+            "task": {"kind": "risk", "classes": ["no", "yes"]},
+        },
+        'privacy: record.scale (write "range"',
+    ),
+    (
         {
             "privacy": {"epsilon": 1.0, "delta": 1e-5},
             "federation": {"keep": "best", "best_metric": "accuracy"},

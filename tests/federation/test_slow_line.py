@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 
 import pytest
 
@@ -59,15 +61,44 @@ class SlowLine:
             end.close()
 
 
+@dataclass(frozen=True)
+class Passage:
+    """hidden: widths of the model's layers. cuts: bytes one way after which the line breaks."""
+
+    hidden: str
+    mb: float
+    mb_s: float
+    cuts: dict[str, list[int]]
+
+
+SMALL = Passage("3160, 3160", 40, 12.5, {"down": [12 * MB, 30 * MB], "up": [5 * MB, 14 * MB]})
+WHOLE = Passage("10000, 10000", 400, 1.25, {"down": [120 * MB, 300 * MB], "up": [90 * MB]})
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_after_a_cut_only_the_objects_under_way_are_sent_again(small) -> None:
-    """40 MB at 100 Mbit/s, cut twice on the way down and twice on the way up."""
-    world = small(names=("north",), rounds=1, hidden="3160, 3160")
+@pytest.mark.parametrize(
+    "passage",
+    [
+        pytest.param(SMALL, id="40 MB at 100 Mbit/s", marks=pytest.mark.timeout(600)),
+        pytest.param(
+            WHOLE,
+            id="400 MB at 10 Mbit/s",
+            marks=[
+                pytest.mark.timeout(3600),
+                pytest.mark.skipif(
+                    not os.environ.get("MEDFL_SLOW_LINE"),
+                    reason="takes a quarter of an hour; MEDFL_SLOW_LINE=1 runs it",
+                ),
+            ],
+        ),
+    ],
+)
+def test_after_a_cut_only_the_objects_under_way_are_sent_again(small, passage: Passage) -> None:
+    world = small(names=("north",), rounds=1, hidden=passage.hidden)
     north = world.sites["north"]
     north.stop()
-    cuts = {"down": [12 * MB, 30 * MB], "up": [5 * MB, 14 * MB]}
-    line = SlowLine(world.gateway, 12.5 * MB, cuts)
+    n_cuts = sum(len(cuts) for cuts in passage.cuts.values())
+    line = SlowLine(world.gateway, passage.mb_s * MB, passage.cuts)
     north.gateway = line.address
     north.start()
     try:
@@ -77,14 +108,16 @@ def test_after_a_cut_only_the_objects_under_way_are_sent_again(small) -> None:
         def on_round(record, weights) -> None:
             records.append((record, dict(line.carried)))
 
-        outcome = world.engine.run(world.study, seed=7, deadline_s=400, on_round=on_round)
+        began = time.monotonic()
+        outcome = world.engine.run(world.study, seed=7, deadline_s=3000, on_round=on_round)
+        print(f"{time.monotonic() - began:.0f} s, {records[0][1]}")
     finally:
         line.close()
     record, carried = records[0]
     assert record.left_out == {}
-    assert line.cut == 4
+    assert line.cut == n_cuts
     size = sum(a.nbytes for a in tensors.floats(outcome.weights).values())
-    assert size > 40 * MB
+    assert size > passage.mb * MB
     # Two objects of 5 MiB are under way at a time, one way or the other; a cut in one direction
     # may also cost what was on its way in the other.
     again = 2 * 3 * 5.3 * MB
