@@ -12,6 +12,14 @@ from medfl.server import studies
 from medfl.server.federation import Federation, SiteRecord
 
 
+class NotAdmitted(PolicyRefused):
+    """An answer that the door does not let in. phrase: for reports; the text is for the log."""
+
+    def __init__(self, phrase: str, text: str) -> None:
+        super().__init__(text)
+        self.phrase = phrase
+
+
 @dataclass(frozen=True, slots=True)
 class Door:
     """Checks the answers of one run. study: digest. seen: what has been counted already."""
@@ -28,10 +36,18 @@ class Door:
         process that has died, and it gives nobody any weight.
 
         Raises:
-            PolicyRefused: not sealed by the site's pinned key, for another exchange, sent before,
-                or not covered by an approval that holds now.
+            NotAdmitted: not sealed by the site's pinned key, for another exchange, sent before, or
+                not covered by an approval that holds now.
             FederationError: it is not a reply.
         """
+        try:
+            return self._opened(site, asked, envelope)
+        except NotAdmitted:
+            raise
+        except PolicyRefused as error:
+            raise NotAdmitted("its seal was not accepted", str(error)) from None
+
+    def _opened(self, site: str, asked: Instruction, envelope: Envelope) -> Reply:
         bare, sealed = detach(envelope)
         reply = unpack_reply(bare)
         if sealed is None and reply.refusal:
@@ -58,19 +74,23 @@ class Door:
     def _record(self, site: str) -> SiteRecord:
         record = self.federation.site(site)
         if record is None or record.status != "active":
-            raise PolicyRefused(f"{site} is not an active site.")
+            raise NotAdmitted("is not an active site", f"{site} is not an active site.")
         return record
 
     def _approved(self, record: SiteRecord, reply: Reply) -> Decision:
         decision = studies.decision_of(self.federation, self.study, record.name)
         why = studies.refusal(self.federation, record, decision, self.study)
         if why or decision is None:
-            raise PolicyRefused(f"{record.name}: {why or 'no approval'}")
+            raise NotAdmitted("no approval that holds", f"{record.name}: {why or 'no approval'}")
         # A private hospital says "" (its own runner has compared); nobody gains by leaving it out.
         if reply.cohort not in ("", decision.cohort):
-            raise PolicyRefused(f"{record.name} trained on other cases than it has approved.")
+            raise NotAdmitted(
+                "trained on other cases than approved",
+                f"{record.name} trained on other cases than it has approved.",
+            )
         if reply.n_cases > decision.cases:
-            raise PolicyRefused(
-                f"{record.name} claims more training cases than the {decision.cases} approved."
+            raise NotAdmitted(
+                "claims more cases than approved",
+                f"{record.name} claims more training cases than the {decision.cases} approved.",
             )
         return decision

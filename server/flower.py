@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from medfl.common.errors import FederationError, PolicyRefused
+from medfl.common.errors import FederationError
 from medfl.common.flower_objects import Malformed, fixed
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
-from medfl.server.admit import Door
+from medfl.server.admit import Door, NotAdmitted
 from medfl.server.link import Run, UploadBroken
 from medfl.server.patience import AWAY_S, Patience
 from medfl.server.register import Roster
@@ -176,9 +176,9 @@ class ConnectedSites:
                 reply = self._door.opened(site, asked, envelope)
         except FederationError:
             return Reply(site=site, round=asked.round, refusal="malformed answer")
-        except PolicyRefused as error:
+        except NotAdmitted as error:
             log.warning("round=%d an answer was refused: %s", asked.round, error)
-            return Reply(site=site, round=asked.round, refusal=str(error))
+            return Reply(site=site, round=asked.round, refusal=error.phrase)
         if reply.site != site:
             log.warning("round=%d site=%s answered in another name", asked.round, site)
             return Reply(site=site, round=asked.round, refusal="answered in another name")

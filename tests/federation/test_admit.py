@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from medfl.common.messages import Envelope, Instruction, Reply, pack
 from medfl.common.receipts import Seal, Seen, asked_by, attach, content_of, seal
 from medfl.common.signing import SigningKey, new_key, public_of
 from medfl.server import authority
-from medfl.server.admit import Door
+from medfl.server.admit import Door, NotAdmitted
 from medfl.server.federation import SiteRecord
 from medfl.server.settings import ServerSettings, open_federation
+from medfl.strategies.admission import cleaned
 
 STUDY, COHORT = "5" * 64, "c" * 64
 NOW = 1_800_000_000.0
@@ -173,3 +175,24 @@ def test_a_refused_answer_does_not_fill_the_slot(place: Place) -> None:
 def test_what_is_no_reply_is_no_answer(place: Place) -> None:
     with pytest.raises(FederationError, match="fields of a reply"):
         place.door.opened("a", ASKED, Envelope("{}", {}))
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        ({"n_cases": 11}, "claims more cases than approved"),
+        ({"cohort": "d" * 64}, "trained on other cases than approved"),
+    ],
+)
+def test_why_an_answer_was_not_admitted_can_be_read_in_the_report(
+    place: Place, change: dict[str, Any], phrase: str
+) -> None:
+    """Reports show no text but fixed phrases, which a reason with a number in it is not."""
+    with pytest.raises(NotAdmitted) as unapproved:
+        place.door.opened("a", ASKED, place.sealed(replace(REPLY, **change)))
+    with pytest.raises(NotAdmitted) as unsealed:
+        place.door.opened("a", ASKED, pack(REPLY))
+    told = [error.value.phrase for error in (unapproved, unsealed)]
+    assert told == [phrase, "its seal was not accepted"]
+    shown = [cleaned(Reply(site="a", round=2, refusal=one), ()).refusal for one in told]
+    assert shown == told
