@@ -28,6 +28,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 )
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
+    ObjectPushError,
     ObjectUnavailableError,
 )
 from flwr.supercore.interceptors import (
@@ -60,6 +61,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 # More than any instruction; an array may name one chunk any number of times.
 _MAX_MESSAGE = 8 * 1024**3
+_PUSHES = 3
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -235,10 +237,22 @@ class Task:
         else:
             message = from_text(memoryview(reply))
         try:
-            self._push(message)
+            self._push_again(message)
             self._end(SubStatus.COMPLETED)
+        except ObjectPushError as error:
+            self.drop()  # the coordinator hears it and asks again
+            raise NodeGone("an answer was not taken in whole") from error
         except httpx.HTTPError as error:
             raise NodeGone(f"an answer was not taken ({type(error).__name__})") from error
+
+    def _push_again(self, message: Message) -> None:
+        """A message that was announced twice, by a retry, is taken in its last push alone."""
+        for _ in range(_PUSHES - 1):
+            try:
+                return self._push(message)
+            except ObjectPushError:
+                log.warning("an answer was announced twice; it is pushed again")
+        self._push(message)
 
     def _push(self, message: Message) -> None:
         """Flower's own push keeps each large object in memory four times."""

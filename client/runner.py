@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -79,9 +79,9 @@ class Trainer:
             TrainerDied: there is no reply; the next task gets a new process.
         """
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._start()
             try:
+                if self._process is None or self._process.poll() is not None:
+                    self._start()
                 if self._fresh and self._received(_START_S) != b"ready":
                     raise EOFError
                 self._fresh = False
@@ -91,7 +91,8 @@ class Trainer:
                 code = self._ended()
                 if not self._closing:
                     log.warning("the training process ended (exit code %s); it is replaced", code)
-                    self._start()
+                    with suppress(OSError):  # a full disk: tried again with the next task
+                        self._start()
                 raise TrainerDied(f"The training process ended (exit code {code}).") from None
 
     def stop(self) -> None:
@@ -136,19 +137,20 @@ class Trainer:
 
     def _start(self) -> None:
         self._close()
-        ours, theirs = socket.socketpair()
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
         size = self._log_file.stat().st_size if self._log_file.exists() else 0
-        with theirs, self._log_file.open("ab" if size < _LOG_BYTES else "wb") as output:
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                env={**os.environ, "MEDFL_PIPE": str(theirs.fileno())},
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
+        with self._log_file.open("ab" if size < _LOG_BYTES else "wb") as output:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                self._process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=output,
+                    env={**os.environ, "MEDFL_PIPE": str(theirs.fileno())},
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                )
         self._pipe = Connection(ours.detach())
         self._fresh = True
 
@@ -235,6 +237,10 @@ class Runner:
                 done = tasks is not None and self._turn(tasks)
             except MedflError as error:
                 log.debug("%s", error)
+                done = False
+            except Exception:
+                # A loop that ended would leave a hospital that looks connected and does nothing.
+                log.exception("a task could not be handled; the next one is waited for")
                 done = False
             if not done:
                 self._stopping.wait(0.2)

@@ -15,7 +15,9 @@ from contextlib import closing
 
 import pytest
 from flwr.proto.fleet_pb2 import RegisterNodeFleetRequest
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
+from medfl.client import flower
 from medfl.common import tensors, tunnel
 from medfl.common.bundle import study_bundle
 from medfl.common.errors import StorageError
@@ -103,6 +105,36 @@ def test_a_trainer_that_dies_costs_its_site_one_round(small) -> None:
     assert left_out[1] == left_out[3] == {}
     assert outcome.records[1].seconds < 20
     assert south.trainer.pid not in before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failures", [1, 3])
+def test_an_answer_that_its_node_does_not_take_is_handed_over_again(
+    small, monkeypatch, failures
+) -> None:
+    """Once by the hospital itself; after three times the coordinator asks again."""
+    world = small(rounds=2)
+    world.wait()
+    left = [failures]
+    true = flower.make_push_object_fn_protobuf
+
+    def flaky(call, node, run_id, session_id):
+        if left[0]:
+            left[0] -= 1
+
+            def push(object_id: str, content: bytes) -> None:
+                raise ObjectPushError(object_id, run_id, session_id)
+
+            return push
+        return true(call, node, run_id, session_id)
+
+    monkeypatch.setattr(flower, "make_push_object_fn_protobuf", flaky)
+    records = []
+    world.engine.run(
+        world.study, seed=7, deadline_s=60, on_round=lambda record, _: records.append(record)
+    )
+    assert left == [0]
+    assert [record.left_out for record in records] == [{}] * len(records)
 
 
 @pytest.mark.slow

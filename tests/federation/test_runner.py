@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from medfl.client.runner import Node, Trainer, TrainerDied
+from medfl.client.runner import Node, Runner, Trainer, TrainerDied
 from medfl.client.supernode import ShortNaps
 from medfl.client.trainer import frame
 from medfl.common.child import Child, Launch
@@ -72,6 +72,59 @@ def test_a_training_process_that_dies_is_reported_at_once_and_replaced(echo) -> 
         echo.do(b"die")
     assert time.monotonic() - started < 5
     assert echo.do(b"b") != before
+
+
+def test_a_training_process_that_cannot_be_started_is_tried_again_with_the_next_task(
+    echo, tmp_path
+) -> None:
+    """As on a full disk, where its log cannot be opened."""
+    log = tmp_path / "trainer.log"
+    log.unlink()
+    log.mkdir()
+    for _ in range(2):
+        with pytest.raises(TrainerDied):
+            echo.do(b"die")
+    log.rmdir()
+    assert echo.do(b"b") == str(echo.pid).encode()
+
+
+class Moody:
+    """Stands for a SuperNode's tasks: the first question ends in an error that nobody expected.
+
+    It stands for the trainer as well, which is never asked.
+    """
+
+    def __init__(self) -> None:
+        self.address, self.secret, self.asked = "here", "s", 0
+
+    def start(self) -> None:
+        pass
+
+    stop = start
+
+    def tasks(self) -> Moody:
+        return self
+
+    def next(self) -> None:
+        self.asked += 1
+        if self.asked == 1:
+            raise ZeroDivisionError
+
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_runner_outlives_an_error_that_nobody_expected() -> None:
+    node, mail = Moody(), threading.Event()
+    runner = Runner("north", node, node, mail)  # type: ignore[arg-type]
+    runner.start()
+    try:
+        until(lambda: node.asked >= 2)
+    finally:
+        runner.stop()
 
 
 def test_a_training_process_that_hangs_is_given_up_and_replaced(echo) -> None:
