@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -140,7 +141,8 @@ class ConnectedSites:
                 continue
             else:
                 try:
-                    got = self._received(message_id, asked)
+                    never = partial(self._never_whole, site, message_id, end)
+                    got = self._received(message_id, asked, never)
                 except Malformed as error:
                     log.warning("round=%d site=%s: %s", asked.round, site, error)
                     return Reply(site=site, round=asked.round, refusal="malformed answer")
@@ -148,20 +150,30 @@ class ConnectedSites:
                     return self._checked(site, asked, got)
                 if got is _GONE:
                     message_id = None
-            away_s = self._roster.away_s(site)
-            given_up = away_s >= AWAY_S and not self._roster.at_work()
-            if given_up or time.monotonic() >= end:
-                why = _AWAY if away_s else _LATE
+            if self._is_given_up(site) or time.monotonic() >= end:
+                why = _AWAY if self._roster.away_s(site) else _LATE
                 return Reply(site=site, round=asked.round, refusal=why)
             # The bell tells when an answer has come; looking by ourselves is for safety.
             self._roster.wait(version, min(_LOOK_S, max(0.01, end - time.monotonic())))
 
-    def _received(self, message_id: str, asked: Instruction) -> RecordDict | object | None:
+    def _is_given_up(self, site: str) -> bool:
+        return self._roster.away_s(site) >= AWAY_S and not self._roster.at_work()
+
+    def _never_whole(self, site: str, message_id: str, end: float) -> bool:
+        """Whether an answer that was announced need not be waited for."""
+        return (
+            self._roster.was_broken(message_id)
+            or self._roster.quiet_s(site) > _QUIET_S
+            or self._is_given_up(site)
+            or time.monotonic() >= end
+        )
+
+    def _received(
+        self, message_id: str, asked: Instruction, never: Callable[[], bool]
+    ) -> RecordDict | object | None:
         sent = sum(a.nbytes for group in (asked.weights, asked.control) for a in group.values())
         try:
-            got = self._run.receive(
-                message_id, 2 * sent + _MAX_REST, lambda: self._roster.was_broken(message_id)
-            )
+            got = self._run.receive(message_id, 2 * sent + _MAX_REST, never)
         except UploadBroken:
             return _GONE
         return _GONE if isinstance(got, Error) else got
@@ -192,6 +204,9 @@ _UNANSWERED = (_AWAY, _LATE)
 # Flower gave a message up: it is to be sent again once the site is there.
 _GONE = object()
 _LOOK_S = 0.5
+# An upload of which nothing comes for this long is asked for again: one object of 5 MiB may take
+# as long on a line of 50 kbit/s.
+_QUIET_S = 900.0
 # What an answer may hold beside a delta and a control variate: statistics, metrics, framing.
 _MAX_REST = 64 * 1024 * 1024
 

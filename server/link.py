@@ -49,8 +49,6 @@ from medfl.common.tunnel import KEY_HEADER
 log = logging.getLogger(__name__)
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
-# An upload that does not go on for this long counts as broken off.
-_UPLOAD_S = 120.0
 _TTL_S = 7 * 24 * 3600.0
 # A call that the SuperLink cannot serve is repeated for so long.
 _BUSY_S, _LOOK_S = 60.0, 0.5
@@ -168,15 +166,15 @@ class LinkGrid(HttpGrid):
 
 
 def _patient(fetch: Callable[[str], bytes], given_up: Callable[[], bool]) -> Callable[[str], bytes]:
-    """Waits for an object that is still on its way.
+    """Waits for an object that is still on its way, however long others of the message take.
 
     Raises:
         UploadBroken: it does not come.
     """
 
     def patient(object_id: str) -> bytes:
-        until, wait_s = time.monotonic() + _UPLOAD_S, 0.02
-        while time.monotonic() < until:
+        wait_s = 0.02
+        while True:
             try:
                 return fetch(object_id)
             except ObjectUnavailableError:

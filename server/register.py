@@ -32,6 +32,7 @@ class Roster:
         self._version = 0
         self._places: dict[str, _Place] = {}
         self._heard: dict[str, float] = {}
+        self._moved: dict[str, float] = {}
         self._born = time.monotonic()
         self._lost: set[str] = set()
         self._broken: set[str] = set()
@@ -92,6 +93,16 @@ class Roster:
             if site in self._places and message_ids:
                 self._places[site].given.difference_update(message_ids)
                 self._places[site].sent = set(message_ids)
+
+    def moved(self, site: str) -> None:
+        """A part of this site's answer has arrived, or word of one."""
+        with self._changed:
+            self._moved[site] = time.monotonic()
+
+    def quiet_s(self, site: str) -> float:
+        """Seconds since a part of an answer came from this site."""
+        with self._changed:
+            return time.monotonic() - self._moved.get(site, self._born)
 
     def was_lost(self, message_id: str) -> bool:
         """Whether a SuperNode took this message with it; said once."""

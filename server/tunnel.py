@@ -236,7 +236,10 @@ class Gate:
             guest.uploaded = 0
             guest.parcels.give(nodes.trees(answer.body))
             self._roster.gave(site, nodes.delivered(answer.body))
+        elif name == "push-object":
+            self._roster.moved(site)
         elif name == "push-messages":
+            self._roster.moved(site)
             guest.parcels.want(nodes.lacking(answer.body))
             self._roster.got(site, nodes.answered(call.body))
             self._roster.ring()

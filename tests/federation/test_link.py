@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
+from flwr.app import RecordDict
 from flwr.proto import message_pb2
 from flwr.supercore.protobuf.client import ProtobufRequestContext
 
-from medfl.server import link
+from medfl.common.flower_records import to_record
+from medfl.common.messages import Instruction, Reply, pack
+from medfl.server import flower, link
+from medfl.server.register import Roster
 
 NOT_STORED = message_pb2.PushObjectResponse(stored=False).SerializeToString()
 STORED = message_pb2.PushObjectResponse(stored=True).SerializeToString()
@@ -74,3 +79,40 @@ def test_parts_that_will_not_come_are_not_waited_for() -> None:
         _patient(absent, lambda: True)("x")
     assert asked == ["x"]
     assert _patient(lambda object_id: b"here", lambda: True)("x") == b"here"
+
+
+def test_an_upload_is_waited_for_as_long_as_something_of_it_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long the whole takes: 400 MB at 10 Mbit/s are minutes, most of them for the last."""
+    monkeypatch.setattr(flower, "_QUIET_S", 0.4)
+    roster = Roster()
+
+    class Uploading:
+        """Stands for a run with one answer, whose parts are asked for until they never come."""
+
+        def send(self, node_id: int, content: RecordDict, kind: str, group: str) -> str:
+            return "m"
+
+        def receive(self, message_id: str, most: int, never: Callable[[], bool]) -> RecordDict:
+            for part in range(100):
+                assert not never(), f"given up at part {part}"
+                if part == 15:
+                    break
+                roster.moved("north")
+                time.sleep(0.05)
+            return to_record(pack(Reply(site="north", round=1)))
+
+    roster.arrived("north", 7)
+    sites = flower.ConnectedSites(Uploading(), roster, deadline_s=60)  # type: ignore[arg-type]
+    instruction = Instruction(kind="round", study_digest="d" * 64, run="r", round=1)
+    (reply,) = sites.ask([("north", instruction)])
+    assert (reply.site, reply.refusal) == ("north", "")
+    assert sites._never_whole("north", "m", time.monotonic() - 1)  # the deadline
+    time.sleep(0.5)
+    assert sites._never_whole("north", "m", time.monotonic() + 60)  # nothing comes any more
+    roster.moved("north")
+    assert not sites._never_whole("north", "m", time.monotonic() + 60)
+    roster.got("north", ["m"])
+    roster.left("north")
+    assert sites._never_whole("north", "m", time.monotonic() + 60)  # the node is gone
