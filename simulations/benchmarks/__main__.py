@@ -22,6 +22,10 @@ from medfl.simulations.benchmarks.rows import Row, machine, write
 
 # name -> (module, what it measures)
 BENCHMARKS = {
+    "aggregate": (
+        "medfl.simulations.benchmarks.aggregate",
+        "seconds an update, and memory, of 100 updates of 100 MB streamed through the strategies",
+    ),
     "latency": (
         "medfl.simulations.benchmarks.latency",
         "seconds of a round beyond training, 30 kB and 100 MB models, against stock Flower",
