@@ -1,5 +1,7 @@
 """`python -m medfl.simulations.benchmarks NAME`: measure medfl and its rivals in one run.
 
+`... compare OLD.json NEW.json` says what became worse (`medfl.simulations.benchmarks.compare`).
+
 A benchmark is a file with `rows(small) -> list[Row]` and a line in `BENCHMARKS`.
 """
 
@@ -18,6 +20,7 @@ import typer
 
 from medfl.common import cli
 from medfl.common.errors import ConfigError
+from medfl.simulations.benchmarks import compare
 from medfl.simulations.benchmarks.rows import Row, machine, write
 
 # name -> (module, what it measures)
@@ -57,6 +60,8 @@ def measure(
     """Measure, alternating medfl with its rivals, and compare the results.
 
     Example: python -m medfl.simulations.benchmarks latency --out simulations/benchmarks/results
+
+    What became worse: python -m medfl.simulations.benchmarks compare OLD.json NEW.json
     """
     unknown = sorted(set(names) - set(BENCHMARKS) - {"all"})
     if unknown:
@@ -89,7 +94,10 @@ def _measured(name: str, small: bool) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1: results differ; else as in `medfl.common.errors`."""
-    return cli.run(app, argv, "medfl benchmarks")
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["compare"]:
+        return compare.main(words[1:])
+    return cli.run(app, words, "medfl benchmarks")
 
 
 if __name__ == "__main__":
