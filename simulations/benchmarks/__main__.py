@@ -29,6 +29,10 @@ BENCHMARKS = {
         "medfl.simulations.benchmarks.aggregate",
         "seconds an update, and memory, of 100 updates of 100 MB streamed through the strategies",
     ),
+    "data": (
+        "medfl.simulations.benchmarks.data",
+        "cached epochs against data in memory, the first reading of DICOM against decoding, memory",
+    ),
     "latency": (
         "medfl.simulations.benchmarks.latency",
         "seconds of a round beyond training, 30 kB and 100 MB models, against stock Flower",
