@@ -45,6 +45,10 @@ BENCHMARKS = {
         "medfl.simulations.benchmarks.secagg",
         "a round under masks against a plain one, 10 M parameters at 10 and 100 hospitals",
     ),
+    "wire": (
+        "medfl.simulations.benchmarks.wire",
+        "bytes of an update and the model's worth, float32 to int4 (data: MEDFL_BENCH_DATA)",
+    ),
 }
 
 app = cli.new_app()
