@@ -41,6 +41,10 @@ BENCHMARKS = {
         "medfl.simulations.benchmarks.memory",
         "the coordinator's peak memory at 4 and 32 hospitals with a 100 MB model",
     ),
+    "scale": (
+        "medfl.simulations.benchmarks.scale",
+        "what 10 to 100 light hospitals cost the coordinator, and calls a second of a SuperLink",
+    ),
     "secagg": (
         "medfl.simulations.benchmarks.secagg",
         "a round under masks against a plain one, 10 M parameters at 10 and 100 hospitals",
