@@ -39,7 +39,7 @@ def exit_code(items: list[Item]) -> int:
     return next((i.code for i in items if i.state == "red"), 0)
 
 
-def everything(home: Home, site_file: Path, *, n_jobs: int = 1) -> Iterator[Item]:
+def everything(home: Home, site_file: Path, *, n_jobs: int | None = None) -> Iterator[Item]:
     """All that can be checked now, each as it is done; nothing is changed but what is known of
     published studies, and the cache of prepared cases."""
     item, site = _site_file(site_file)
@@ -159,7 +159,7 @@ def _records(home: Home, site: Site | None) -> Item:
     return Item("records", "green", f"audit log whole, {checked.lines} lines; ledger {uses} uses")
 
 
-def _data(home: Home, site: Site, offered: list[Published], n_jobs: int) -> Iterator[Item]:
+def _data(home: Home, site: Site, offered: list[Published], n_jobs: int | None) -> Iterator[Item]:
     """What the data are worth to each study that is offered or approved."""
     from medfl.client.data.check import check_with_cohort
 

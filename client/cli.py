@@ -47,7 +47,9 @@ def budget(
         Path | None, typer.Option(help="A study file, to say what it would cost.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Cases prepared at the same time.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Cases prepared at the same time; else one a core.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Say what of the patients' privacy is spent, reserved and left, and what a study would cost.

@@ -39,7 +39,9 @@ def check(
         Path | None,
         typer.Option(help="With --study: write the cases left out, by name, as CSV."),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Cases prepared at the same time.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Cases prepared at the same time; else one a core.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     """Say whether this hospital is ready, on one page: green, or why not and what to do.
@@ -121,7 +123,12 @@ def _study(named: str, state: Path) -> Study:
 
 
 def _check_data(
-    site: Path, agreed: Study, as_json: bool, html: Path | None, left_out: Path | None, jobs: int
+    site: Path,
+    agreed: Study,
+    as_json: bool,
+    html: Path | None,
+    left_out: Path | None,
+    jobs: int | None,
 ) -> None:
     from medfl.client.data.check import check_with_cohort, describe
     from medfl.common.site import load_site

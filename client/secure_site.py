@@ -24,6 +24,7 @@ from medfl.common import tensors
 from medfl.common.errors import ConfigError, FederationError, NotFinite, PolicyRefused
 from medfl.common.kept import load_record, save_record
 from medfl.common.messages import Instruction, Reply
+from medfl.common.packing import WITH_FEEDBACK
 from medfl.common.secure import member as steps
 from medfl.common.secure.exchange import (
     Advert,
@@ -173,7 +174,7 @@ def _ahead(hospital: Hospital, exchange: Exchange, agreement: Agreement) -> Outb
 def _words(
     hospital: Hospital, asked: Instruction, reply: Reply, agreement: Agreement
 ) -> tuple[Words, Scale]:
-    """The update as integers. Under int8, what rounding takes away is kept for the next round."""
+    """The update as integers. What int8 and int4 round away is kept for the next round."""
     study, secure = hospital.study, _agreed(hospital)
     if not (tensors.all_finite(reply.delta) and tensors.all_finite(reply.control)):
         raise NotFinite("Training gave an update that is not finite; nothing is sent.")
@@ -183,7 +184,7 @@ def _words(
     scale = scale_of(study, len(agreement.adverts), agreement.weight_cap)
     delta = shortened(reply.delta, secure.max_norm)
     residuals = ByRound(hospital.state, "residual")
-    if study.federation.updates == "int8":
+    if study.federation.updates in WITH_FEEDBACK:
         before = residuals.as_of(asked.round - 1)
         delta = {n: a + before[n] if n in before else a for n, a in delta.items()}
     words, beyond = to_words(delta, reply.control, weight, scale)
@@ -194,7 +195,7 @@ def _words(
             beyond,
             len(words),
         )
-    if study.federation.updates == "int8":
+    if study.federation.updates in WITH_FEEDBACK:
         shapes = {n: a.shape for n, a in delta.items()}
         controls = {n: a.shape for n, a in reply.control.items()}
         sent, _ = from_words(words, shapes, controls, weight, 1, scale)

@@ -4,6 +4,7 @@
     float16  half precision, each tensor first scaled by a power of two so that nothing overflows
     int8     per block of 256 numbers: value / (largest / 127), rounded to the nearest integer; what
              rounding took away is added to the site's next update (`pack_with_feedback`)
+    int4     the same with largest / 7, two numbers a byte
 
 The bytes of equal significance are laid side by side (byte shuffle), which is what makes signs and
 exponents compress, and zstandard packs them. A packed group is one array `head` (JSON: version,
@@ -19,8 +20,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -29,8 +31,10 @@ from numpy.typing import NDArray
 from medfl.common.errors import FederationError
 from medfl.common.tensors import Array, Tensors
 
-Kind = Literal["float32", "float16", "int8"]
+Kind = Literal["float32", "float16", "int8", "int4"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+# Kinds that round so coarsely that the next update has to make up for it.
+WITH_FEEDBACK: tuple[Kind, ...] = ("int8", "int4")
 Shapes = Mapping[str, tuple[int, ...]]
 Flat = NDArray[np.float32]
 
@@ -40,7 +44,8 @@ _BLOCK = 256
 _SEGMENT = 2**20
 # Beyond level 1 the bytes of network updates shrink by less than 1 %, at a multiple of the time.
 _LEVEL = 1
-_WIRE: dict[Kind, str] = {"float32": "<f4", "float16": "<f2", "int8": "i1"}
+# What a number is before it is packed; int4's are then put two to a byte.
+_WIRE: dict[Kind, str] = {"float32": "<f4", "float16": "<f2", "int8": "i1", "int4": "i1"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,7 @@ def pack(tensors: Tensors, kind: Kind) -> dict[str, Array]:
         parts = [_ENCODE[kind](flat[p.name][p.start : p.stop]) for p in pieces]
         scales = np.concatenate([scale for scale, _ in parts]).astype("<f4")
         values = np.concatenate([value for _, value in parts]).astype(_WIRE[kind], copy=False)
-        steps, raw = scales.tobytes(), _shuffled(values)
+        steps, raw = scales.tobytes(), _halves(values) if kind == "int4" else _shuffled(values)
         packed[str(number)] = _bytes(compressor.compress(steps + raw if steps else raw))
     return packed
 
@@ -185,13 +190,15 @@ def _segments(shapes: Shapes) -> Iterator[list[_Piece]]:
 
 
 def _n_scales(n: int, kind: Kind) -> int:
-    return {"float32": 0, "float16": 1, "int8": -(-n // _BLOCK)}[kind]
+    return {"float32": 0, "float16": 1}.get(kind, -(-n // _BLOCK))
 
 
 def _raw_size(pieces: list[_Piece], kind: Kind) -> int:
     """Bytes of a segment before compression."""
-    width = np.dtype(_WIRE[kind]).itemsize
-    return sum(4 * _n_scales(len(p), kind) + width * len(p) for p in pieces)
+    scales, numbers = sum(_n_scales(len(p), kind) for p in pieces), sum(map(len, pieces))
+    if kind == "int4":
+        return 4 * scales + -(-numbers // 2)
+    return 4 * scales + np.dtype(_WIRE[kind]).itemsize * numbers
 
 
 def _exactly(values: Flat) -> tuple[Flat, Array]:
@@ -208,34 +215,58 @@ def _halved(values: Flat) -> tuple[Flat, Array]:
     return np.array([2.0**exponent], np.float32), scaled
 
 
-def _quantised(values: Flat) -> tuple[Flat, Array]:
-    """Steps (one a block of 256) and values / step to the nearest integer, -127..127."""
+def _quantised(largest: int, values: Flat) -> tuple[Flat, Array]:
+    """Steps (one a block of 256) and values / step to the nearest of -largest..largest."""
     short = -len(values) % _BLOCK
     rows = np.pad(values, (0, short)).reshape(-1, _BLOCK)
     # Where a value is not finite its step is not either: the receiver sees it and refuses.
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        steps = np.abs(rows).max(axis=1) / np.float32(127)
+        steps = np.abs(rows).max(axis=1) / np.float32(largest)
         levels = np.rint(rows / np.where(steps > 0, steps, np.float32(1))[:, None])
-    whole = np.nan_to_num(levels, nan=0.0).clip(-127, 127).astype(np.int8)
+    whole = np.nan_to_num(levels, nan=0.0).clip(-largest, largest).astype(np.int8)
     return steps, whole.ravel()[: len(values)]
 
 
-_ENCODE = {"float32": _exactly, "float16": _halved, "int8": _quantised}
+_ENCODE: dict[Kind, Callable[[Flat], tuple[Flat, Array]]] = {
+    "float32": _exactly,
+    "float16": _halved,
+    "int8": partial(_quantised, 127),
+    "int4": partial(_quantised, 7),
+}
 
 
 def _decoded(raw: bytes, pieces: list[_Piece], kind: Kind) -> Iterator[tuple[_Piece, Flat]]:
     """The numbers of each piece of a segment."""
     counts = [_n_scales(len(p), kind) for p in pieces]
     scales = np.frombuffer(raw, "<f4", count=sum(counts))
-    values = _unshuffled(memoryview(raw)[scales.nbytes :], np.dtype(_WIRE[kind]))
+    rest = memoryview(raw)[scales.nbytes :]
+    if kind == "int4":
+        values = _wholes(rest, sum(map(len, pieces)))
+    else:
+        values = _unshuffled(rest, np.dtype(_WIRE[kind]))
     first, start = 0, 0
     for piece, count in zip(pieces, counts, strict=True):
         own, mine = scales[first : first + count], values[start : start + len(piece)]
         first, start = first + count, start + len(piece)
-        if kind == "int8":
+        if kind in WITH_FEEDBACK:
             own = np.repeat(own, _BLOCK)[: len(piece)]
         with np.errstate(over="ignore", invalid="ignore"):  # admission looks for what is not finite
             yield piece, mine.astype(np.float32) * own if count else mine
+
+
+def _halves(values: Array) -> bytes:
+    """Two numbers of -7..7 a byte, as 1..15, the first one in the lower half."""
+    nibbles = np.full(len(values) + len(values) % 2, 8, np.uint8)
+    nibbles[: len(values)] += values.view(np.uint8)
+    return (nibbles[0::2] | nibbles[1::2] << 4).tobytes()
+
+
+def _wholes(raw: memoryview, n: int) -> Array:
+    """The `n` numbers of `_halves`; a half byte of 0, which it never makes, is -8."""
+    packed = np.frombuffer(raw, np.uint8)
+    nibbles = np.empty(2 * len(packed), np.uint8)
+    nibbles[0::2], nibbles[1::2] = packed & 15, packed >> 4
+    return nibbles[:n].view(np.int8) - np.int8(8)
 
 
 def _shuffled(values: Array) -> bytes:

@@ -171,9 +171,9 @@ class Federation:
     sites_per_round: so many are drawn each round; omitted, all take part.
     keep: which model is published: the last, or the best by `best_metric` on validation parts.
     updates: numbers in which updates travel (`medfl.common.packing`), all packed without loss:
-        float32 as they are, float16 in half the bytes, int8 in a quarter, where each hospital
-        keeps what rounding took away and adds it to its next update. Under differential privacy
-        this is post-processing and changes no epsilon.
+        float32 as they are, float16 in half the bytes, int8 in a quarter and int4 in an eighth,
+        where each hospital keeps what rounding took away and adds it to its next update. Under
+        differential privacy this is post-processing and changes no epsilon.
     norm_limit: an update longer than so many times the median update of the round before is left
         out. It is for what is out of all proportion: noise of differential privacy alone can make
         an honest update tens of times longer than another hospital's.
@@ -187,7 +187,7 @@ class Federation:
     sites_per_round: Count | None = None
     keep: Literal["last", "best"] = "last"
     best_metric: str | None = None
-    updates: Literal["float32", "float16", "int8"] = "float32"
+    updates: Literal["float32", "float16", "int8", "int4"] = "float32"
     norm_limit: Annotated[float, Field(gt=1)] = 100.0
 
 
@@ -196,8 +196,8 @@ class SecureAggregation:
     """The coordinator learns the sum of the hospitals' updates and no single one.
 
     It serves strategies that need only the sum. Numbers travel as integers: federation.updates
-    says in how many bytes (float32: 4, float16: 3, int8: 2), and the step between two of them is
-    2 * range * sites / 256^bytes.
+    says in how many bytes (float32: 4, float16: 3, int8 and int4: 2), and the step between two of
+    them is 2 * range * sites / 256^bytes.
 
     threshold: more than this share of a round's hospitals must be there to the end of it, or it is
         void. Two thirds bear a coordinator that tells hospitals different things; below half is no

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from medfl.common.errors import StorageError
 from medfl.common.private_files import sync_folder
+from medfl.common.resting import let_go
 
 Array = NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -69,6 +70,7 @@ def digest(tensors: Tensors) -> str:
         array = np.asarray(tensors[name], order="C")
         sha.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
         sha.update(raw_bytes(array))
+        let_go(array)
     return sha.hexdigest()
 
 
@@ -159,6 +161,7 @@ def save(tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None
         yield header(tensors, metadata)
         for name in file_order(tensors):
             yield raw_bytes(tensors[name])
+            let_go(tensors[name])
 
     write_atomic(path, pieces())
 

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 
 from medfl.common import statistics, tensors
 from medfl.common.errors import StorageError
+from medfl.common.resting import rested
 from medfl.common.signing import SigningKey, canonical, is_signed, public_of, sign
 from medfl.common.tensors import Array, Tensors
 from medfl.server.records import Best, RoundRecord
@@ -174,11 +175,13 @@ def _arrays(model: Model) -> Iterator[tuple[str, Array]]:
 
 
 def _model(about: _About, digest: str, arrays: Tensors) -> Model:
-    slots: dict[str, dict[str, Array]] = {}
+    found: dict[str, dict[str, Array]] = {}
     for name, array in _group(arrays, "slots").items():
         slot, _, rest = name.partition("/")
-        slots.setdefault(slot, {})[rest] = array
-    best = Best(about.best_metric, about.best_round, about.best_value, _group(arrays, "best"))
+        found.setdefault(slot, {})[rest] = array
+    slots = {slot: rested(named) for slot, named in found.items()}
+    best_weights = rested(_group(arrays, "best"))
+    best = Best(about.best_metric, about.best_round, about.best_value, best_weights)
     return Model(
         weights=_group(arrays, "weights"),
         digest=digest,

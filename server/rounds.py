@@ -22,6 +22,7 @@ from medfl.common.metrics import default_metrics
 from medfl.common.models import build_model
 from medfl.common.models.weights import get_weights
 from medfl.common.records import columns
+from medfl.common.resting import rested
 from medfl.common.seeds import derive
 from medfl.common.statistics import Shared
 from medfl.common.study import Study
@@ -243,8 +244,11 @@ def _moved(federation: _Federation, model: Model, combined: Combined) -> Model:
         n: (c + share * combined.control[n]).astype(c.dtype) if n in combined.control else c
         for n, c in model.control.items()
     }
+    best = model.best
+    if best.weights is model.weights:
+        best = replace(best, weights=rested(best.weights))  # only the end asks for them
     digest = tensors.digest(weights)
-    return replace(model, weights=weights, digest=digest, state=state, control=control)
+    return replace(model, weights=weights, digest=digest, state=state, control=control, best=best)
 
 
 class _Admitted:

@@ -59,6 +59,8 @@ class Held:
                 "Updates of one round have different parameters and cannot be compared. Admission "
                 "should have left one of them out; please report this."
             )
+        if self._file.tell() + 4 * self.width > IN_MEMORY_BYTES:
+            self._file.rollover()  # by itself it would do so after the row lies in memory
         for name in self.shapes:
             self._file.write(np.ascontiguousarray(delta[name], dtype=np.float32).data)
         self.n_cases.append(update.n_cases)

@@ -10,8 +10,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from medfl.common import resting
 from medfl.common.tensors import Array, Tensors
-from medfl.strategies.strategy import ServerState, ServerStep, take_mean
+from medfl.strategies.blocks import by_block
+from medfl.strategies.strategy import ServerState, ServerStep
 
 # v_t from (v, delta): the only line in which the three adaptive optimisers differ.
 SecondMoment = Callable[[Array, Array], Array]
@@ -23,10 +25,15 @@ def momentum(learning_rate: float, beta: float) -> ServerStep:
     def step(
         weights: Tensors, delta: Tensors, state: ServerState
     ) -> tuple[dict[str, Array], ServerState]:
-        old = state.slots.get("momentum", {})
-        m = {name: beta * old[name] + d if name in old else d for name, d in delta.items()}
-        moved, _ = take_mean(weights, {n: learning_rate * a for n, a in m.items()}, state)
-        return moved, ServerState(state.round + 1, {"momentum": m})
+        old = state.slots.get("momentum") or _zeros(delta)
+        m, moved = _zeros(delta), _room(weights, delta)
+
+        def rule(w: Array, d: Array, before: Array) -> tuple[Array, Array]:
+            after = beta * before + d
+            return after, w + learning_rate * after
+
+        by_block(rule, [weights, delta, old], [m, moved])
+        return {**weights, **moved}, ServerState(state.round + 1, {"momentum": m})
 
     return step
 
@@ -47,19 +54,32 @@ def adaptive(
     def step(
         weights: Tensors, delta: Tensors, state: ServerState
     ) -> tuple[dict[str, Array], ServerState]:
-        zeros = {name: np.zeros_like(d) for name, d in delta.items()}
-        old_m, old_v = state.slots.get("m", zeros), state.slots.get("v", zeros)
-        m = {n: beta_1 * old_m[n] + (1 - beta_1) * d for n, d in delta.items()}
-        v = {n: second_moment(old_v[n], d) for n, d in delta.items()}
+        old_m = state.slots.get("m") or _zeros(delta)
+        old_v = state.slots.get("v") or _zeros(delta)
+        m, v, moved = _zeros(delta), _zeros(delta), _room(weights, delta)
         rate = learning_rate
         if bias_beta_2 is not None:
             t = state.round + 2
             rate *= float(np.sqrt(1 - bias_beta_2**t) / (1 - beta_1**t))
-        change = {n: rate * m[n] / (np.sqrt(v[n]) + tau) for n in delta}
-        moved, _ = take_mean(weights, change, state)
-        return moved, ServerState(state.round + 1, {"m": m, "v": v})
+
+        def rule(w: Array, d: Array, m_before: Array, v_before: Array) -> tuple[Array, ...]:
+            m_after = beta_1 * m_before + (1 - beta_1) * d
+            v_after = second_moment(v_before, d)
+            return m_after, v_after, w + rate * m_after / (np.sqrt(v_after) + tau)
+
+        by_block(rule, [weights, delta, old_m, old_v], [m, v, moved])
+        return {**weights, **moved}, ServerState(state.round + 1, {"m": m, "v": v})
 
     return step
+
+
+def _zeros(delta: Tensors) -> dict[str, Array]:
+    """A slot that nothing is in yet, at rest where it is large: only this step needs it."""
+    return resting.zeros({name: d.shape for name, d in delta.items()}, np.float32)
+
+
+def _room(weights: Tensors, delta: Tensors) -> dict[str, Array]:
+    return {name: np.empty_like(a) for name, a in weights.items() if name in delta}
 
 
 def adagrad_moment(v: Array, delta: Array) -> Array:

@@ -109,6 +109,7 @@ class Proportion:
                 if median is not None and self._fits(update, own, median):
                     groups = _as_groups(held.row(row))
                     yield replace(update, delta=groups["delta"], control=groups["control"])
+                    del groups  # else it would lie in memory until the next one is there
 
     def _fits(self, update: Reply, own: Lengths, median: Lengths) -> bool:
         if exceeds(own, median, self._limit):

@@ -8,8 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from medfl.common.messages import Reply
 from medfl.common.tensors import Array, Tensors
+from medfl.strategies.blocks import by_block
 from medfl.strategies.sums import Sum
 
 Weighting = Callable[[int], float]
@@ -75,11 +78,9 @@ def take_mean(
     weights: Tensors, delta: Tensors, state: ServerState
 ) -> tuple[dict[str, Array], ServerState]:
     """new_weights = weights + delta (FedAvg); names without a delta stay."""
-    moved = {
-        name: (a + delta[name]).astype(a.dtype, copy=False) if name in delta else a
-        for name, a in weights.items()
-    }
-    return moved, ServerState(state.round + 1, state.slots)
+    moved = {name: np.empty_like(a) for name, a in weights.items() if name in delta}
+    by_block(lambda w, d: [w + d], [weights, delta], [moved])
+    return {**weights, **moved}, ServerState(state.round + 1, state.slots)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ SPEAK_TO_FLOWER = {
     "server/nodes.py",
     "server/objects.py",
     "server/superlink.py",
+    "simulations/benchmarks/calls.py",
     "simulations/benchmarks/light.py",
     "simulations/flower.py",
     "simulations/grid.py",

@@ -110,7 +110,7 @@ def check(site: Site, study: Study) -> CheckResult:
     return check_with_cohort(site, study).result
 
 
-def check_with_cohort(site: Site, study: Study, *, n_jobs: int = 1) -> Checked:
+def check_with_cohort(site: Site, study: Study, *, n_jobs: int | None = None) -> Checked:
     """`check`, with the cohort that was built for it."""
     examined = own.examined(site, study, n_jobs)
     policy = _policy_faults(site, study, examined.cohort)

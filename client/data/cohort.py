@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -191,7 +191,7 @@ def _pictures(
 def _outcomes(
     ordered: Iterable[Candidate], reader: Reader, study: Study, n_jobs: int
 ) -> Iterator[store.Outcome]:
-    """Prepared pictures in order; a few more than `n_jobs` at a time are in memory."""
+    """Prepared pictures in order; at most `2 n_jobs` at a time are in memory."""
 
     def one(candidate: Candidate) -> store.Outcome:
         try:
@@ -204,9 +204,13 @@ def _outcomes(
         return
     # Threads serve: decompression, matrix products and DICOM's child processes run beside Python.
     with ThreadPoolExecutor(n_jobs) as pool:
-        rest = iter(ordered)
-        while batch := list(islice(rest, 4 * n_jobs)):
-            yield from pool.map(one, batch)
+        coming: deque[Future[store.Outcome]] = deque()
+        for candidate in ordered:
+            coming.append(pool.submit(one, candidate))
+            if len(coming) == 2 * n_jobs:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def _load(ref: CaseRef, reader: Reader, study: Study) -> Prepared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from medfl.client.data.cases import Cohort
@@ -19,12 +20,20 @@ def own_cohort(site: Site, study: Study) -> Cohort:
         DataError: the data cannot serve the study.
         StorageError: the cache or the secret cannot be read or written.
     """
-    return build_cohort(site.data, study, **_own(site))
+    return build_cohort(site.data, study, n_jobs=cores(), **_own(site))
 
 
-def examined(site: Site, study: Study, n_jobs: int = 1) -> Examined:
-    """`own_cohort` that collects what is wrong instead of stopping at it."""
-    return examine(site.data, study, n_jobs=n_jobs, **_own(site))
+def examined(site: Site, study: Study, n_jobs: int | None = None) -> Examined:
+    """`own_cohort` that collects what is wrong instead of stopping at it.
+
+    n_jobs: cases prepared at the same time; None: one a core.
+    """
+    return examine(site.data, study, n_jobs=n_jobs or cores(), **_own(site))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def _own(site: Site) -> dict[str, Any]:

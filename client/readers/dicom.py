@@ -34,7 +34,8 @@ _BESIDE = (".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".lo
 _NAMES_BESIDE = ("readme", "license", "version", "lockfile", "autorun.inf", "thumbs.db")
 _MASKS = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
 _CHUNK = 64
-_SCANNERS = min(4, os.cpu_count() or 1)
+# Each is a process with pydicom in it, about 100 MB.
+_SCANNERS = min(16, len(os.sched_getaffinity(0)))
 _HEADER_S = 60.0
 _FILE_S = 20.0
 
@@ -93,7 +94,8 @@ def _scan(root: Path) -> tuple[list[Item], list[Quarantined]]:
             plain.append(path)
         else:
             faulty.append(Quarantined(str(path.relative_to(root)), "not_a_plain_file"))
-    chunks = [plain[start : start + _CHUNK] for start in range(0, len(plain), _CHUNK)]
+    step = max(1, min(_CHUNK, -(-len(plain) // _SCANNERS)))  # few files, too, go to all of them
+    chunks = [plain[start : start + step] for start in range(0, len(plain), step)]
     with ThreadPoolExecutor(min(_SCANNERS, max(1, len(chunks)))) as pool:
         headers = [header for part in pool.map(_headers, chunks) for header in part]
     for path, header in zip(plain, headers, strict=True):

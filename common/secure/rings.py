@@ -41,8 +41,14 @@ class Ring:
         return largest // sites
 
 
-# What a study says updates travel as; masked numbers cannot be compressed.
-RINGS: dict[Kind, Ring] = {"float32": Ring(4), "float16": Ring(3), "int8": Ring(2)}
+# What a study says updates travel as; masked numbers cannot be compressed, and a sum of many
+# hospitals does not fit in one byte.
+RINGS: dict[Kind, Ring] = {
+    "float32": Ring(4),
+    "float16": Ring(3),
+    "int8": Ring(2),
+    "int4": Ring(2),
+}
 
 
 def encode(values: Array, factor: float, levels: int, ring: Ring) -> tuple[Words, int]:

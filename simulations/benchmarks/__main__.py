@@ -1,5 +1,7 @@
 """`python -m medfl.simulations.benchmarks NAME`: measure medfl and its rivals in one run.
 
+`... compare OLD.json NEW.json` says what became worse (`medfl.simulations.benchmarks.compare`).
+
 A benchmark is a file with `rows(small) -> list[Row]` and a line in `BENCHMARKS`.
 """
 
@@ -18,10 +20,19 @@ import typer
 
 from medfl.common import cli
 from medfl.common.errors import ConfigError
+from medfl.simulations.benchmarks import compare
 from medfl.simulations.benchmarks.rows import Row, machine, write
 
 # name -> (module, what it measures)
 BENCHMARKS = {
+    "aggregate": (
+        "medfl.simulations.benchmarks.aggregate",
+        "seconds an update, and memory, of 100 updates of 100 MB streamed through the strategies",
+    ),
+    "data": (
+        "medfl.simulations.benchmarks.data",
+        "cached epochs against data in memory, the first reading of DICOM against decoding, memory",
+    ),
     "latency": (
         "medfl.simulations.benchmarks.latency",
         "seconds of a round beyond training, 30 kB and 100 MB models, against stock Flower",
@@ -30,9 +41,17 @@ BENCHMARKS = {
         "medfl.simulations.benchmarks.memory",
         "the coordinator's peak memory at 4 and 32 hospitals with a 100 MB model",
     ),
+    "scale": (
+        "medfl.simulations.benchmarks.scale",
+        "what 10 to 100 light hospitals cost the coordinator, and calls a second of a SuperLink",
+    ),
     "secagg": (
         "medfl.simulations.benchmarks.secagg",
         "a round under masks against a plain one, 10 M parameters at 10 and 100 hospitals",
+    ),
+    "wire": (
+        "medfl.simulations.benchmarks.wire",
+        "bytes of an update and the model's worth, float32 to int4 (data: MEDFL_BENCH_DATA)",
     ),
 }
 
@@ -53,6 +72,8 @@ def measure(
     """Measure, alternating medfl with its rivals, and compare the results.
 
     Example: python -m medfl.simulations.benchmarks latency --out simulations/benchmarks/results
+
+    What became worse: python -m medfl.simulations.benchmarks compare OLD.json NEW.json
     """
     unknown = sorted(set(names) - set(BENCHMARKS) - {"all"})
     if unknown:
@@ -85,7 +106,10 @@ def _measured(name: str, small: bool) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 1: results differ; else as in `medfl.common.errors`."""
-    return cli.run(app, argv, "medfl benchmarks")
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["compare"]:
+        return compare.main(words[1:])
+    return cli.run(app, words, "medfl benchmarks")
 
 
 if __name__ == "__main__":

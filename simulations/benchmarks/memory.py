@@ -78,12 +78,12 @@ def _join(federation: Deployed, names: tuple[str, ...], first: Tensors) -> None:
     federation.processes.until("light", "all connected")
 
 
-def expected(first: Tensors, names: tuple[str, ...]) -> dict[str, Array]:
+def expected(first: Tensors, names: tuple[str, ...], rounds: int = ROUNDS) -> dict[str, Array]:
     """The model after all rounds, summed here in one pass."""
     weights = {name: a.astype(np.float64) for name, a in first.items()}
     shapes = {name: a.shape for name, a in first.items()}
     cases = [len(table(site)[1]) for site in range(len(names))]
-    for round_ in range(1, ROUNDS + 1):
+    for round_ in range(1, rounds + 1):
         for name, n in zip(names, cases, strict=True):
             for key, delta in update(name, round_, shapes).items():
                 weights[key] += n / sum(cases) * delta

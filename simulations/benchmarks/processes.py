@@ -144,6 +144,15 @@ def peak_bytes(pid: int) -> int:
     return 0
 
 
+def anonymous_bytes(pid: int) -> int:
+    """The memory of a process that is no file's (RssAnon); 0 where it is gone."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 def command_of(pid: int) -> str:
     """Its command line."""
     with suppress(OSError):

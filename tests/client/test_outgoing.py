@@ -45,6 +45,13 @@ def test_int8_sends_next_round_what_rounding_took_away(tmp_path: Path) -> None:
     assert opened(outgoing(tmp_path, 2, update, "int8")) == pytest.approx([12.7, 0.1, 0.0])
 
 
+def test_int4_sends_next_round_what_rounding_took_away(tmp_path: Path) -> None:
+    # Steps of 0.1: 0.04 is nothing in round 1, 0.08 is one step in round 2.
+    update = delta(0.7, 0.04, 0.0)
+    assert opened(outgoing(tmp_path, 1, update, "int4")) == pytest.approx([0.7, 0.0, 0.0])
+    assert opened(outgoing(tmp_path, 2, update, "int4")) == pytest.approx([0.7, 0.1, 0.0])
+
+
 def test_the_same_round_asked_again_gets_the_same_answer(tmp_path: Path) -> None:
     update = delta(12.7, 0.04, -0.03)
     outgoing(tmp_path, 1, update, "int8")

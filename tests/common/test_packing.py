@@ -58,6 +58,19 @@ def test_int8_by_hand() -> None:
     np.testing.assert_allclose(got, [1.27, 0.01, -0.5, 0.0, 0.0], rtol=1e-6)
 
 
+def test_int4_by_hand() -> None:
+    # Step 0.7 / 7 = 0.1: 0.14 is nearest to 1 step, -0.7 is -7 steps, 0.04 is none; 5 is odd.
+    got = there_and_back(one(0.7, 0.14, -0.7, 0.04, -0.26), "int4")["w"]
+    np.testing.assert_allclose(got, [0.7, 0.1, -0.7, 0.0, -0.3], rtol=1e-6, atol=1e-7)
+
+
+def test_int4_puts_two_numbers_in_a_byte() -> None:
+    # Steps 7, -7, 1 of the step 1 are 15, 1, 9 as half bytes, and 8 (a zero) fills the last byte.
+    packed = pack(one(7.0, -7.0, 1.0), "int4")
+    raw = zstandard.ZstdDecompressor().decompress(packed["0"].tobytes())
+    assert raw == np.float32(1.0).tobytes() + bytes([0x1F, 0x89])
+
+
 def test_every_block_of_256_has_a_step_of_its_own() -> None:
     values = np.concatenate([np.full(256, 127.0), np.full(256, 0.0127), [-12.7]])
     got = there_and_back({"w": values}, "int8")["w"]
@@ -87,16 +100,18 @@ def test_float32_is_lossless(values: Array) -> None:
     assert (got.shape, got.dtype, got.tobytes()) == (values.shape, np.float32, values.tobytes())
 
 
+KINDS_OF_STEPS: dict[Kind, int] = {"int8": 127, "int4": 7}
 finite = st.floats(-1e6, 1e6, width=32)
 
 
 @given(arrays(np.float32, st.integers(1, 600), elements=finite))
 def test_rounding_stays_within_half_a_step(values: Array) -> None:
-    got = there_and_back({"w": values}, "int8")["w"]
-    for start in range(0, len(values), 256):
-        block = slice(start, start + 256)
-        half_step = np.abs(values[block]).max() / 254
-        assert np.abs(got[block] - values[block]).max() <= half_step * (1 + 1e-5) + 1e-44
+    for kind, steps in KINDS_OF_STEPS.items():
+        got = there_and_back({"w": values}, kind)["w"]
+        for start in range(0, len(values), 256):
+            block = slice(start, start + 256)
+            half_step = np.abs(values[block]).max() / (2 * steps)
+            assert np.abs(got[block] - values[block]).max() <= half_step * (1 + 1e-5) + 1e-44
     half = there_and_back({"w": values}, "float16")["w"]
     allowed = np.maximum(np.abs(values) * 2.0**-11, np.abs(values).max() * 2.0**-38)
     assert (np.abs(half - values) <= allowed + 1e-40).all()
@@ -150,28 +165,32 @@ def test_nothing_is_a_packed_group_too() -> None:
     assert unpack(pack({}, "int8"), {}) == {}
 
 
-def test_bytes_are_a_quarter_with_int8_and_half_with_float16() -> None:
+def test_bytes_are_an_eighth_with_int4_a_quarter_with_int8_and_half_with_float16() -> None:
     tensors = {"w": np.random.default_rng(0).normal(size=200_000).astype(np.float32)}
     whole = tensors["w"].nbytes
     sizes = {kind: n_bytes(pack(tensors, kind)) / whole for kind in KINDS}
     assert sizes["float32"] < 0.95
     assert sizes["float16"] < 0.48
     assert sizes["int8"] < 0.25
+    assert sizes["int4"] < 0.125
 
 
-def test_a_constant_update_arrives_whole_over_the_rounds_only_with_feedback() -> None:
-    # Beside one value of 1 the step is 1/127: 0.003 rounds to nothing, 0.0051 to a whole step.
-    gradient = one(1.0, 0.003, -0.003, 0.0051)
+@pytest.mark.parametrize(("kind", "steps"), KINDS_OF_STEPS.items())
+def test_a_constant_update_arrives_whole_over_the_rounds_only_with_feedback(
+    kind: Kind, steps: int
+) -> None:
+    # Beside one value of 1, 0.38 steps round to nothing and 0.65 to a whole step.
+    gradient = one(1.0, 0.38 / steps, -0.38 / steps, 0.65 / steps)
     residual: Tensors = {}
     with_feedback, without = np.zeros(4), np.zeros(4)
     for _ in range(50):
-        packed, residual = pack_with_feedback(gradient, residual, "int8")
+        packed, residual = pack_with_feedback(gradient, residual, kind)
         with_feedback += unpack(packed, {"w": (4,)})["w"] / 50
-        without += there_and_back(gradient, "int8")["w"] / 50
+        without += there_and_back(gradient, kind)["w"] / 50
     # All that is missing is the last residual, half a step at most, over 50 rounds.
-    np.testing.assert_allclose(with_feedback, gradient["w"], atol=0.5 / 127 / 50 * 1.05)
+    np.testing.assert_allclose(with_feedback, gradient["w"], atol=0.5 / steps / 50 * 1.15)
     assert without[1] == without[2] == 0.0
-    assert abs(without[3] - 0.0051) > 0.002
+    assert abs(without[3] - gradient["w"][3]) > 0.3 / steps
 
 
 def test_the_residual_is_exactly_what_was_not_sent() -> None:
@@ -205,7 +224,7 @@ BAD: dict[str, tuple[Tensors, str]] = {
     "deep JSON": ({**GOOD, "head": np.full(4000, ord("["), np.uint8)}, "cannot be read"),
     "long head": ({**GOOD, "head": np.full(10**6, ord(" "), np.uint8)}, "too long"),
     "version": (rewritten(GOOD, version=2), "does not know"),
-    "kind": (rewritten(GOOD, kind="int4"), "does not know"),
+    "kind": (rewritten(GOOD, kind="int2"), "does not know"),
     "twice": (
         rewritten(GOOD, tensors=[*([n, list(s)] for n, s in MODEL.items()), ["w", [40, 30]]]),
         "does not know",
@@ -214,6 +233,7 @@ BAD: dict[str, tuple[Tensors, str]] = {
     "fraction": (rewritten(GOOD, tensors=[["w", [1.0]]]), "cannot be read"),
     "other shape": (rewritten(GOOD, tensors=[["w", [10**12]]]), "other parameters"),
     "other kind": (rewritten(GOOD, kind="float32"), "another size"),
+    "half the size": (rewritten(GOOD, kind="int4"), "another size"),
     "part missing": ({"head": GOOD["head"]}, "parts"),
     "part too many": ({**GOOD, "1": GOOD["0"]}, "parts"),
     "cut": ({**GOOD, "0": GOOD["0"][:-5]}, "damaged"),
@@ -229,13 +249,15 @@ def test_a_bad_group_is_refused_in_words(name: str) -> None:
         unpack(packed, MODEL)
 
 
-def test_any_changed_byte_is_refused_or_unpacks_to_the_models_shapes() -> None:
-    body = GOOD["0"]
+@pytest.mark.parametrize("kind", KINDS_OF_STEPS)
+def test_any_changed_byte_is_refused_or_unpacks_to_the_models_shapes(kind: Kind) -> None:
+    good = pack(update(), kind)
+    body = good["0"]
     for position in range(0, len(body), 7):
         changed = body.copy()
         changed[position] ^= 0x55
         try:
-            got = unpack({**GOOD, "0": changed}, MODEL)
+            got = unpack({**good, "0": changed}, MODEL)
         except FederationError:
             continue
         assert shapes_of(got) == MODEL

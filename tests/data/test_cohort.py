@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel
@@ -13,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medfl.client.data import store
+from medfl.client.data import own, store
 from medfl.client.data.cases import Cohort
-from medfl.client.data.cohort import build_cohort, find_cases
+from medfl.client.data.cohort import _outcomes, build_cohort, find_cases
 from medfl.client.data.reasons import KEPT, REASONS
 from medfl.common.errors import DataError
-from medfl.common.site import Cache
+from medfl.common.site import Cache, Site
 from medfl.common.source import DataSource
 from medfl.common.study import Evaluation, Feature, ImageInput, Quality, RecordInput, Study
 
@@ -448,3 +449,35 @@ def test_every_reason_in_the_code_is_explained(root: Path) -> None:
     assert len(found) > 25
     assert found <= set(REASONS)
     assert all("delete" not in text.lower() for text in REASONS.values())
+
+
+def test_cases_prepared_together_keep_their_order_and_are_few(
+    study: Studies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at a time: three more may wait at most while the first is not taken."""
+    begun: list[int] = []
+
+    def load(ref: int, reader: object, study: Study) -> int:
+        begun.append(ref)
+        return ref
+
+    monkeypatch.setattr("medfl.client.data.cohort._load", load)
+    candidates = [SimpleNamespace(ref=i) for i in range(20)]
+    outcomes = _outcomes(candidates, None, study(), 2)  # type: ignore[arg-type]
+    taken = [next(outcomes)]
+    assert len(begun) <= 4
+    assert [*taken, *outcomes] == list(range(20))
+
+
+def test_a_hospital_reads_with_all_cores(
+    images: DataSource, grey_study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(own, "cores", lambda: 5)
+    monkeypatch.setattr(own, "build_cohort", lambda *a, n_jobs, **k: asked.append(n_jobs))
+    monkeypatch.setattr(own, "examine", lambda *a, n_jobs, **k: asked.append(n_jobs))
+    site = Site(name="north", data=images, cache=Cache(path=tmp_path / "cache"))
+    own.own_cohort(site, grey_study)
+    own.examined(site, grey_study)
+    own.examined(site, grey_study, 2)
+    assert asked == [5, 5, 2]

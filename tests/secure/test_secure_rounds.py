@@ -75,7 +75,7 @@ def test_hospitals_count_by_the_studys_weighting(table_study, wire, train, weigh
 
 
 @pytest.mark.parametrize(
-    ("updates", "bytes_a_number"), [("float32", 4), ("float16", 3), ("int8", 2)]
+    ("updates", "bytes_a_number"), [("float32", 4), ("float16", 3), ("int8", 2), ("int4", 2)]
 )
 def test_updates_travel_in_the_bytes_that_the_study_says(
     table_study, wire, train, updates, bytes_a_number

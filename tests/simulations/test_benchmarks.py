@@ -52,11 +52,14 @@ def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["latency", "memory", "secagg"])
+@pytest.mark.parametrize(
+    "name", ["aggregate", "data", "latency", "memory", "scale", "secagg", "wire"]
+)
 def test_a_benchmark_runs_small_and_its_results_agree(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert benchmarks.main([name, "--small", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"][name]
-    assert [row["agree"] for row in rows] == [True] * len(rows)
+    assert [row["agree"] for row in rows if row["agree"] is not None] != []
+    assert all(row["agree"] is not False for row in rows)
     assert all(row["medfl"]["values"] for row in rows)

@@ -111,7 +111,7 @@ def test_a_bad_reply_costs_its_site_that_round(
 
 
 @pytest.mark.parametrize("case", ["37 NaN", "39 extra", "42 x1000"])
-@pytest.mark.parametrize("updates", ["int8", "float16"])
+@pytest.mark.parametrize("updates", ["int8", "int4", "float16"])
 def test_the_same_faults_are_seen_in_packed_updates(
     table_study: MakeStudy, federate: Federate, tampered: Tampered, case: str, updates: str
 ) -> None:

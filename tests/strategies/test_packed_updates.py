@@ -38,6 +38,7 @@ def test_fewer_bytes_give_as_good_a_model(table_study: MakeStudy, federate: Fede
     assert share["float32"] < 0.95
     assert share["float16"] < 0.5
     assert share["int8"] < 0.28  # 5,000 numbers; the head is 2 % of it
+    assert share["int4"] < 0.15
     # About 130 test patients: the standard error of an AUROC of 0.95 is 0.02 (Hanley & McNeil).
     for kind in KINDS:
         assert metric(found[kind], "auroc") == pytest.approx(
@@ -60,7 +61,7 @@ def test_packing_float32_changes_no_bit(
     assert digest(packed.weights) == digest(plain.weights)
 
 
-@pytest.mark.parametrize("updates", ["int8", "float16"])
+@pytest.mark.parametrize("updates", ["int8", "int4", "float16"])
 def test_any_number_of_workers_gives_the_same_bits(
     table_study: MakeStudy, tables: Path, tmp_path: Path, updates: str
 ) -> None:

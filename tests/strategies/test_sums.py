@@ -7,8 +7,8 @@ import os
 import numpy as np
 import pytest
 
+from medfl.common import resting
 from medfl.common.errors import StorageError
-from medfl.strategies import sums
 from medfl.strategies.sums import Sum
 
 
@@ -43,7 +43,7 @@ def test_a_weighted_sum_is_the_one_worked_out_by_hand() -> None:
 def test_on_disk_the_sum_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a tensor is no multiple of a block."""
     in_memory = total(updates(5))
-    monkeypatch.setattr(sums, "IN_MEMORY_BYTES", 8)
+    monkeypatch.setattr(resting, "IN_MEMORY_BYTES", 8)
     on_disk = total(updates(5))
     assert in_memory.keys() == on_disk.keys() == {"w", "scalar"}
     for name, array in in_memory.items():
@@ -52,12 +52,12 @@ def test_on_disk_the_sum_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sums, "IN_MEMORY_BYTES", 8)
+    monkeypatch.setattr(resting, "IN_MEMORY_BYTES", 8)
     made = Sum()
 
-    def refuse(*_: object) -> int:
+    def refuse(*_: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(os, "pwrite", refuse)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
     with pytest.raises(StorageError, match=r"No space left on device.*TMPDIR"):
         made.add(updates(1)[0], 1.0)
