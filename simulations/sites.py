@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medfl.client.data.cases import Arrays, Cohort
+from medfl.client.data.cases import Arrays, CaseRef, Cohort, Found, Quarantined
 from medfl.client.data.cohort import build_cohort, find_cases
 from medfl.client.hospital import Hospital
 from medfl.common.errors import ConfigError, DataError
@@ -29,19 +29,19 @@ OPEN_HOSPITALS = 8
 
 @dataclass(frozen=True)
 class SimulatedHospital:
-    """One hospital before its data are read. `only`: case ids, where a collection was divided."""
+    """One hospital before its data are read. `listed`: its cases of a divided collection."""
 
     name: str
     source: DataSource
     cache: Cache
-    only: frozenset[str] | None = None
+    listed: Found | None = None
     policy: Policy = field(default_factory=Policy)
     privacy: SitePrivacy | None = None
 
     def cohort(self, study: Study) -> Cohort:
         """The checked cases; keys differ between sites even where case ids do not."""
         return build_cohort(
-            self.source, study, cache=self.cache, only=self.only, site_key=self.name.encode()
+            self.source, study, cache=self.cache, found=self.listed, site_key=self.name.encode()
         )
 
 
@@ -142,11 +142,26 @@ def find_hospitals(study: Study, data: Path, cache: Path) -> tuple[SimulatedHosp
     if simulation.data is None or simulation.partition is None:
         raise ConfigError("simulation: write `sites`, or `data` with `partition`")
     source = simulation.data.below(data)
-    parts = partition(find_cases(source, study).cases, simulation.partition)
+    found = find_cases(source, study)
+    parts = partition(found.cases, simulation.partition)
     return tuple(
-        SimulatedHospital(name=name, source=source, cache=own, only=frozenset(ids))
-        for name, ids in sorted(parts.items())
+        SimulatedHospital(name=name, source=source, cache=own, listed=listed)
+        for name, listed in sorted(_shares(found, parts).items())
     )
+
+
+def _shares(found: Found, parts: Mapping[str, Sequence[str]]) -> dict[str, Found]:
+    """Each site's cases, and the faulty ones of a site's cases, in the reader's order."""
+    home = {case_id: name for name, ids in parts.items() for case_id in ids}
+    cases: dict[str, list[CaseRef]] = {name: [] for name in parts}
+    faulty: dict[str, list[Quarantined]] = {name: [] for name in parts}
+    for ref in found.cases:
+        if ref.case_id in home:
+            cases[home[ref.case_id]].append(ref)
+    for case in found.quarantined:
+        if case.case_id in home:
+            faulty[home[case.case_id]].append(case)
+    return {name: Found(tuple(cases[name]), tuple(faulty[name])) for name in parts}
 
 
 def _from_site_files(data: Path) -> tuple[SimulatedHospital, ...]:
