@@ -34,6 +34,10 @@ BENCHMARKS = {
         "medfl.simulations.benchmarks.secagg",
         "a round under masks against a plain one, 10 M parameters at 10 and 100 hospitals",
     ),
+    "simulation": (
+        "medfl.simulations.benchmarks.simulation",
+        "seconds of medfl-simulate, against the plain loop in two processes, Flower and FLARE",
+    ),
 }
 
 app = cli.new_app()
