@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -13,10 +14,12 @@ from medfl.common.errors import FederationError, PolicyRefused
 from medfl.common.flower_objects import Malformed, fixed
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
-from medfl.server.admit import Door
-from medfl.server.link import Run, UploadBroken
 from medfl.server.patience import AWAY_S, Patience
-from medfl.server.register import Roster
+
+if TYPE_CHECKING:
+    from medfl.server.admit import Door
+    from medfl.server.link import Run
+    from medfl.server.register import Roster
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +160,9 @@ class ConnectedSites:
             self._roster.wait(version, min(_LOOK_S, max(0.01, end - time.monotonic())))
 
     def _received(self, message_id: str, asked: Instruction) -> RecordDict | object | None:
+        # The engine's, with a database: half a second that a simulation does not need.
+        from medfl.server.link import UploadBroken
+
         sent = sum(a.nbytes for group in (asked.weights, asked.control) for a in group.values())
         try:
             got = self._run.receive(

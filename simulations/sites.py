@@ -23,8 +23,12 @@ from medfl.simulations.partition import partition
 
 log = logging.getLogger(__name__)
 
-# Hospitals that one worker keeps open. More would make memory grow with the number of sites.
+# What one worker keeps open: some hospitals in any case, and as many more as hold this many cases
+# (500 bytes each; pictures stay in the cache's files). More would make memory grow with the sites.
 OPEN_HOSPITALS = 8
+OPEN_CASES = 20_000
+# Each has a file mapped, which counts as an open file; a process may have 1024.
+MOST_OPEN = 256
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,20 @@ class OpenHospitals:
         key = (run_id, node_id)
         if key not in self._open:
             self._open[key] = self._runs[run_id].hospital(node_id)
+            self._close_some()
         self._open.move_to_end(key)
-        while len(self._open) > OPEN_HOSPITALS:
-            self._open.popitem(last=False)
         return self._open[key]
+
+    def _close_some(self) -> None:
+        cases = sum(_read_cases(hospital) for hospital in self._open.values())
+        while len(self._open) > (OPEN_HOSPITALS if cases > OPEN_CASES else MOST_OPEN):
+            cases -= _read_cases(self._open.popitem(last=False)[1])
+
+
+def _read_cases(hospital: Hospital) -> int:
+    """Cases of a hospital whose cohort has been read, else 0."""
+    cohort: Cohort | None = vars(hospital).get("cohort")
+    return 0 if cohort is None else len(cohort.cases)
 
 
 def _usable(hospitals: Sequence[SimulatedHospital], study: Study) -> Iterator[Cohort]:

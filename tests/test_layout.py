@@ -37,6 +37,7 @@ SPEAK_TO_FLOWER = {
     "client/flower.py",
     "client/objects.py",
     "client/supernode.py",
+    "client/tasks.py",
     "server/flower.py",
     "server/link.py",
     "server/nodes.py",

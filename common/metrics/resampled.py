@@ -149,8 +149,7 @@ def mean_defined(columns: Values) -> Values:
 
 def _ratio(part: Values, whole: NDArray[np.generic]) -> Values:
     """part / whole, nan where the whole is 0."""
-    empty = np.broadcast_to(whole == 0, part.shape)
-    quotient: Values = np.divide(part, whole, out=np.full(part.shape, np.nan), where=~empty)
+    quotient: Values = np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole != 0)
     return quotient
 
 
