@@ -27,12 +27,14 @@ def evaluate(
     device: str,
     keep: Path | None = None,
     summary: Summary = summarise,
+    durable: bool = True,
 ) -> Metrics:
     """Metrics of one part, None where undefined.
 
     summary: what is made of the scores; a private hospital says less, or says it with noise.
     keep: folder for scores.npz and examples.npz, for the final evaluation. Metrics that need
         surfaces are worth their time only then.
+    durable: whether what is kept has to outlast a power cut.
     """
     names: Sequence[str] = study.evaluation.metrics or default_metrics(study.task)
     if keep is None:
@@ -42,9 +44,9 @@ def evaluate(
     gallery = Gallery(study) if keep is not None and study.image is not None else None
     scores = score(model, cases, study, device, distances=needs_distances(names), gallery=gallery)
     if keep is not None:
-        scores.save(keep / "scores.npz")
+        scores.save(keep / "scores.npz", durable=durable)
     if gallery is not None and keep is not None:
-        gallery.save(keep / "examples.npz")
+        gallery.save(keep / "examples.npz", durable=durable)
     return summary(study.task, scores, names)
 
 

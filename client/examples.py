@@ -71,7 +71,7 @@ class Gallery:
                 )
             )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, durable: bool = True) -> None:
         """Write examples.npz: image, target, prediction (n, ...), score, key (n,)."""
         if not self._kept:
             return
@@ -85,7 +85,7 @@ class Gallery:
         }
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **stacks)
-        write_atomic(path, buffer.getvalue())
+        write_atomic(path, buffer.getvalue(), durable=durable)
 
     def _offer(self, example: Example) -> None:
         kept = sorted([*self._kept, example], key=lambda e: e.score)

@@ -331,6 +331,7 @@ def _evaluated_part(
         hospital.device,
         keep=hospital.folder if part == "test" else None,
         summary=summary,
+        durable=not hospital.simulated,
     )
     if entry is not None:
         hospital.ledger.settle(entry)

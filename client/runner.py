@@ -21,8 +21,8 @@ from pathlib import Path
 
 import grpc
 
-from medfl.client.flower import Task, Tasks
 from medfl.client.hatch import Trains
+from medfl.client.tasks import Task, Tasks
 from medfl.client.trainer import frame
 from medfl.client.tunnel import Forwarder
 from medfl.common.bundle import study_bundle

@@ -33,7 +33,8 @@ def frame(payload: Iterable[bytes | memoryview], run_id: int, node_id: int, stud
 
 def work(find_hospital: FindHospital) -> Callable[[bytes | bytearray], bytes]:
     """A framed task to the bytes of its reply."""
-    from medfl.client.flower import client_app, run_payload
+    from medfl.client.flower import client_app
+    from medfl.client.tasks import run_payload
 
     app = client_app(find_hospital)
 

@@ -68,6 +68,14 @@ class PolicyRefused(MedflError):
     exit_code = 5
 
 
+class NotAdmitted(PolicyRefused):
+    """An answer that the coordinator's door does not let in. phrase: for reports; text: the log."""
+
+    def __init__(self, phrase: str, text: str) -> None:
+        super().__init__(text)
+        self.phrase = phrase
+
+
 class OtherCode(PolicyRefused):
     """The coordinator sent code with a study; a hospital runs installed code only."""
 

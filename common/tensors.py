@@ -196,18 +196,25 @@ def metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def write_atomic(path: Path, content: bytes | Iterable[bytes | memoryview]) -> None:
-    """Write next to `path`, flush to disk, then rename over it. Raises StorageError."""
+def write_atomic(
+    path: Path, content: bytes | Iterable[bytes | memoryview], *, durable: bool = True
+) -> None:
+    """Write next to `path`, flush to disk, then rename over it. Raises StorageError.
+
+    durable: whether it has to outlast a power cut; what a simulation can make again does not.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             for chunk in [content] if isinstance(content, bytes) else content:
                 file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

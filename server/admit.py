@@ -5,19 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from medfl.common.approvals import Decision
-from medfl.common.errors import PolicyRefused
+from medfl.common.errors import NotAdmitted, PolicyRefused
 from medfl.common.messages import Envelope, Instruction, Reply, pack, unpack_reply
 from medfl.common.receipts import Seal, Seen, asked_by, check, content_of, detach
 from medfl.server import studies
 from medfl.server.federation import Federation, SiteRecord
-
-
-class NotAdmitted(PolicyRefused):
-    """An answer that the door does not let in. phrase: for reports; the text is for the log."""
-
-    def __init__(self, phrase: str, text: str) -> None:
-        super().__init__(text)
-        self.phrase = phrase
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,18 +6,21 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from medfl.common.errors import FederationError
+from medfl.common.errors import FederationError, NotAdmitted
 from medfl.common.flower_objects import Malformed, fixed
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
-from medfl.server.admit import Door, NotAdmitted
-from medfl.server.link import Run, UploadBroken
 from medfl.server.patience import AWAY_S, Patience
-from medfl.server.register import Roster
+
+if TYPE_CHECKING:
+    from medfl.server.admit import Door
+    from medfl.server.link import Run
+    from medfl.server.register import Roster
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +174,9 @@ class ConnectedSites:
     def _received(
         self, message_id: str, asked: Instruction, never: Callable[[], bool]
     ) -> RecordDict | object | None:
+        # The engine's, with a database: half a second that a simulation does not need.
+        from medfl.server.link import UploadBroken
+
         sent = sum(a.nbytes for group in (asked.weights, asked.control) for a in group.values())
         try:
             got = self._run.receive(message_id, 2 * sent + _MAX_REST, never)

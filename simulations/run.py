@@ -172,7 +172,6 @@ def preload(study: Study) -> None:
         "medfl.client.training.loop",
         "medfl.client.training.predict",
         "medfl.common.models",
-        "torch._dynamo",  # which the first optimiser imports, in a second
     ]
     if study.evaluation.split == "shuffled":
         needed.append("sklearn.model_selection")

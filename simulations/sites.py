@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medfl.client.data.cases import Arrays, Cohort
+from medfl.client.data.cases import Arrays, CaseRef, Cohort, Found, Quarantined
 from medfl.client.data.cohort import build_cohort, find_cases
 from medfl.client.hospital import Hospital
 from medfl.common.errors import ConfigError, DataError
@@ -23,25 +23,29 @@ from medfl.simulations.partition import partition
 
 log = logging.getLogger(__name__)
 
-# Hospitals that one worker keeps open. More would make memory grow with the number of sites.
+# What one worker keeps open: some hospitals in any case, and as many more as hold this many cases
+# (500 bytes each; pictures stay in the cache's files). More would make memory grow with the sites.
 OPEN_HOSPITALS = 8
+OPEN_CASES = 20_000
+# Each has a file mapped, which counts as an open file; a process may have 1024.
+MOST_OPEN = 256
 
 
 @dataclass(frozen=True)
 class SimulatedHospital:
-    """One hospital before its data are read. `only`: case ids, where a collection was divided."""
+    """One hospital before its data are read. `listed`: its cases of a divided collection."""
 
     name: str
     source: DataSource
     cache: Cache
-    only: frozenset[str] | None = None
+    listed: Found | None = None
     policy: Policy = field(default_factory=Policy)
     privacy: SitePrivacy | None = None
 
     def cohort(self, study: Study) -> Cohort:
         """The checked cases; keys differ between sites even where case ids do not."""
         return build_cohort(
-            self.source, study, cache=self.cache, only=self.only, site_key=self.name.encode()
+            self.source, study, cache=self.cache, found=self.listed, site_key=self.name.encode()
         )
 
 
@@ -100,10 +104,20 @@ class OpenHospitals:
         key = (run_id, node_id)
         if key not in self._open:
             self._open[key] = self._runs[run_id].hospital(node_id)
+            self._close_some()
         self._open.move_to_end(key)
-        while len(self._open) > OPEN_HOSPITALS:
-            self._open.popitem(last=False)
         return self._open[key]
+
+    def _close_some(self) -> None:
+        cases = sum(_read_cases(hospital) for hospital in self._open.values())
+        while len(self._open) > (OPEN_HOSPITALS if cases > OPEN_CASES else MOST_OPEN):
+            cases -= _read_cases(self._open.popitem(last=False)[1])
+
+
+def _read_cases(hospital: Hospital) -> int:
+    """Cases of a hospital whose cohort has been read, else 0."""
+    cohort: Cohort | None = vars(hospital).get("cohort")
+    return 0 if cohort is None else len(cohort.cases)
 
 
 def _usable(hospitals: Sequence[SimulatedHospital], study: Study) -> Iterator[Cohort]:
@@ -142,11 +156,26 @@ def find_hospitals(study: Study, data: Path, cache: Path) -> tuple[SimulatedHosp
     if simulation.data is None or simulation.partition is None:
         raise ConfigError("simulation: write `sites`, or `data` with `partition`")
     source = simulation.data.below(data)
-    parts = partition(find_cases(source, study).cases, simulation.partition)
+    found = find_cases(source, study)
+    parts = partition(found.cases, simulation.partition)
     return tuple(
-        SimulatedHospital(name=name, source=source, cache=own, only=frozenset(ids))
-        for name, ids in sorted(parts.items())
+        SimulatedHospital(name=name, source=source, cache=own, listed=listed)
+        for name, listed in sorted(_shares(found, parts).items())
     )
+
+
+def _shares(found: Found, parts: Mapping[str, Sequence[str]]) -> dict[str, Found]:
+    """Each site's cases, and the faulty ones of a site's cases, in the reader's order."""
+    home = {case_id: name for name, ids in parts.items() for case_id in ids}
+    cases: dict[str, list[CaseRef]] = {name: [] for name in parts}
+    faulty: dict[str, list[Quarantined]] = {name: [] for name in parts}
+    for ref in found.cases:
+        if ref.case_id in home:
+            cases[home[ref.case_id]].append(ref)
+    for case in found.quarantined:
+        if case.case_id in home:
+            faulty[home[case.case_id]].append(case)
+    return {name: Found(tuple(cases[name]), tuple(faulty[name])) for name in parts}
 
 
 def _from_site_files(data: Path) -> tuple[SimulatedHospital, ...]:

@@ -37,6 +37,7 @@ SPEAK_TO_FLOWER = {
     "client/flower.py",
     "client/objects.py",
     "client/supernode.py",
+    "client/tasks.py",
     "server/flower.py",
     "server/link.py",
     "server/nodes.py",
@@ -52,6 +53,11 @@ COME_WITH_ANOTHER = {
     *("pydantic_core", "markupsafe", "click", "httpx", "uvicorn", "google", "sqlalchemy")
 }
 HEAVY = {"torch", "monai", "opacus", "flwr", "sklearn", "scipy", "matplotlib", "pydicom"}
+# What else no help may wait for.
+HEAVY_TO_ASK = {
+    *("numpy", "pandas", "ray", "jinja2", "pydantic", "cryptography", "grpc", "sqlalchemy"),
+    *("nibabel", "PIL", "h5py", "tensorboardX"),
+}
 
 
 def project() -> dict[str, Any]:
@@ -178,25 +184,30 @@ def test_the_version_is_told_once() -> None:
     assert medfl.__version__ == project()["project"]["version"]
 
 
-SHOW_HELP = """
+ASK_ALL = """
 import importlib, sys
-main = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])
-try:
-    code = main(["--help"])
-except SystemExit as stop:
-    code = stop.code
+import typer
+commands = importlib.import_module(sys.argv[1])
+
+def ask(command, path):
+    assert getattr(commands, sys.argv[2])([*path, "--help"]) == 0, path
+    for name, inner in getattr(command, "commands", {}).items():
+        ask(inner, [*path, name])
+
+ask(typer.main.get_command(commands.app), [])
 print("\\nLOADED", *sorted({name.partition(".")[0] for name in sys.modules}))
-sys.exit(code or 0)
 """
 
 
 @pytest.mark.parametrize("command", project()["project"]["scripts"].items(), ids=lambda c: c[0])
-def test_help_is_quick_because_it_loads_nothing_heavy(command: tuple[str, str]) -> None:
+def test_the_help_of_every_command_is_quick_because_it_loads_nothing_heavy(
+    command: tuple[str, str],
+) -> None:
     module, _, function = command[1].partition(":")
     if find_spec(module) is None:
         pytest.skip(f"{module} is not written yet")
     done = subprocess.run(
-        [sys.executable, "-c", SHOW_HELP, module, function],
+        [sys.executable, "-c", ASK_ALL, module, function],
         capture_output=True,
         text=True,
         check=False,
@@ -204,8 +215,8 @@ def test_help_is_quick_because_it_loads_nothing_heavy(command: tuple[str, str]) 
     )
     assert done.returncode == 0, done.stderr
     help_text, _, loaded = done.stdout.partition("\nLOADED")
-    assert "--help" in help_text
-    assert HEAVY & set(loaded.split()) == set()
+    assert help_text.count("Usage: ") >= 6
+    assert (HEAVY | HEAVY_TO_ASK) & set(loaded.split()) == set()
 
 
 def test_no_file_names_the_place_where_it_was_written() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -73,7 +73,7 @@ def build_cohort(
     study: Study,
     *,
     cache: Cache | None,
-    only: Collection[str] | None = None,
+    found: Found | None = None,
     site_key: bytes = b"medfl-simulation",
     order: bytes | None = None,
     withdrawn: Withdrawn | None = None,
@@ -81,9 +81,9 @@ def build_cohort(
 ) -> Cohort:
     """List, load, check, quarantine and split a site's cases.
 
-    only: case ids to keep (a simulated hospital's share). site_key: keys the hashes of case and
-    patient names. order: keys the order of the cases; site_key where omitted. withdrawn: says of a
-    case whether its patient has withdrawn consent.
+    found: the cases, where they are known already (a simulated hospital's share).
+    site_key: keys the hashes of case and patient names. order: keys the order of the cases;
+    site_key where omitted. withdrawn: says of a case whether its patient has withdrawn consent.
     n_jobs: cases prepared at the same time.
 
     Raises:
@@ -94,7 +94,7 @@ def build_cohort(
         source,
         study,
         cache=cache,
-        only=only,
+        found=found,
         site_key=site_key,
         order=order,
         withdrawn=withdrawn,
@@ -112,7 +112,7 @@ def examine(
     study: Study,
     *,
     cache: Cache | None,
-    only: Collection[str] | None = None,
+    found: Found | None = None,
     site_key: bytes = b"medfl-simulation",
     order: bytes | None = None,
     withdrawn: Withdrawn | None = None,
@@ -122,13 +122,7 @@ def examine(
 
     Raises DataError only where nothing can be listed, StorageError as `build_cohort`.
     """
-    found = find_cases(source, study)
-    if only is not None:
-        wanted = frozenset(only)
-        found = Found(
-            tuple(r for r in found.cases if r.case_id in wanted),
-            tuple(q for q in found.quarantined if q.case_id in wanted),
-        )
+    found = find_cases(source, study) if found is None else found
     if withdrawn is not None:
         found = _without(found, withdrawn)
     prints = load_fingerprints(cache.path) if cache is not None else Fingerprints()

@@ -43,10 +43,13 @@ def find_medmnist(source: DataSource, study: Study) -> Found:
             count = len(arrays[f"{part}_images"])
             labels = _labels(arrays.get(f"{part}_labels"), count, study)
             name = "test" if split == "validation" and not has_test else split
+            stem, files_of_case = file.stem, (file,)
             for i, label in enumerate(labels):
-                case_id = f"{file.stem}/{part}/{i}"
-                fields = {"split": name, "part": part, "file": file.stem} | label
-                cases.append(CaseRef(case_id, case_id, (file,), index=start + i, fields=fields))
+                case_id = f"{stem}/{part}/{i}"
+                fields = {"split": name, "part": part, "file": stem} | label
+                cases.append(
+                    CaseRef(case_id, case_id, files_of_case, index=start + i, fields=fields)
+                )
             start += count
     return Found(tuple(cases))
 

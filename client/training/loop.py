@@ -14,6 +14,7 @@ from torch import nn
 
 from medfl.client.training.batches import shuffled_batches
 from medfl.client.training.caseset import CaseSet
+from medfl.client.training.optimisers import make_optimiser
 from medfl.client.training.plan import TrainOutcome, TrainPlan
 from medfl.client.training.private import train_private
 from medfl.client.training.schedule import steps_in_round
@@ -21,7 +22,6 @@ from medfl.client.training.steps import (
     add_correction,
     batch_source,
     keep_frozen_statistics,
-    make_optimiser,
     set_rate,
     trainable,
 )

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from medfl.client.training.caseset import CaseSet
+from medfl.client.training.optimisers import make_optimiser
 from medfl.client.training.plan import DpPlan, TrainOutcome, TrainPlan
 from medfl.client.training.schedule import private_steps_in_round
 from medfl.client.training.steps import (
     Fetch,
     add_correction,
     batch_source,
-    make_optimiser,
     set_rate,
     trainable,
 )

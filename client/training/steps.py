@@ -1,4 +1,4 @@
-"""What plain and private training share: batches on the device, optimiser, learning rate."""
+"""What plain and private training share: batches on the device, learning rate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from medfl.client.training.caseset import CaseSet
 from medfl.client.training.plan import TrainPlan
 from medfl.client.training.schedule import learning_rate_at
 from medfl.common.seeds import derive
-from medfl.common.study import Study, Training
+from medfl.common.study import Study
 
 Fetch = Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]]
 
@@ -52,19 +52,6 @@ def keep_frozen_statistics(model: nn.Module) -> None:
         own = list(layer.parameters(recurse=False))
         if own and not any(p.requires_grad for p in own):
             layer.eval()
-
-
-def make_optimiser(training: Training, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The study's optimiser; its learning rate is set before every step."""
-    if training.optimiser == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=training.learning_rate,
-            momentum=training.momentum,
-            weight_decay=training.weight_decay,
-        )
-    kind = torch.optim.Adam if training.optimiser == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
 
 
 def set_rate(

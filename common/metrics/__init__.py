@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfl.common.errors import ConfigError
-from medfl.common.metrics import classification, resampled
+from medfl.common.metrics import resampled
 from medfl.common.metrics.outcomes import Outcomes, outcomes
 from medfl.common.metrics.scores import (
     DICE,
@@ -71,15 +71,13 @@ class Metric:
 
 
 def _of_outcomes(
-    value: Callable[[Outcomes], float | None],
-    many: Callable[[Outcomes, NDArray[np.float64]], NDArray[np.float64]],
-    better: Better = "higher",
+    many: Callable[[Outcomes, NDArray[np.float64]], NDArray[np.float64]], better: Better = "higher"
 ) -> Metric:
-    def one(task: Task, scores: Scores) -> float | None:
-        return value(outcomes(task, scores)) if _usable(scores) else None
-
     def resample(task: Task, scores: Scores, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         return many(outcomes(task, scores), weights)
+
+    def one(task: Task, scores: Scores) -> float | None:
+        return _of_all(resample, task, scores) if _usable(scores) else None
 
     return Metric(one, resample, better)
 
@@ -98,27 +96,28 @@ def _of_masks(measure: str, better: Better, only: str | None = None) -> Metric:
         return resampled.mean_defined(np.stack(means, axis=1))
 
     def one(task: Task, scores: Scores) -> float | None:
-        value = float(resample(task, scores, np.ones((1, len(scores))))[0])
-        return None if np.isnan(value) else value
+        return _of_all(resample, task, scores)
 
     return Metric(one, resample, better, masks=True)
 
 
+def _of_all(resample: Resampled, task: Task, scores: Scores) -> float | None:
+    """The metric itself: every case once."""
+    value = float(resample(task, scores, np.ones((1, len(scores))))[0])
+    return None if np.isnan(value) else value
+
+
 METRICS: dict[str, Metric] = {
-    "accuracy": _of_outcomes(classification.accuracy, resampled.accuracy),
-    "balanced_accuracy": _of_outcomes(
-        classification.balanced_accuracy, resampled.balanced_accuracy
-    ),
-    "auroc": _of_outcomes(classification.auroc, resampled.auroc),
-    "average_precision": _of_outcomes(
-        classification.average_precision, resampled.average_precision
-    ),
-    "recall": _of_outcomes(classification.recall, resampled.recall),
-    "specificity": _of_outcomes(classification.specificity, resampled.specificity),
-    "precision": _of_outcomes(classification.precision, resampled.precision),
-    "f1": _of_outcomes(classification.f1, resampled.f1),
-    "brier": _of_outcomes(classification.brier, resampled.brier, "lower"),
-    "ece": _of_outcomes(classification.ece, resampled.ece, "lower"),
+    "accuracy": _of_outcomes(resampled.accuracy),
+    "balanced_accuracy": _of_outcomes(resampled.balanced_accuracy),
+    "auroc": _of_outcomes(resampled.auroc),
+    "average_precision": _of_outcomes(resampled.average_precision),
+    "recall": _of_outcomes(resampled.recall),
+    "specificity": _of_outcomes(resampled.specificity),
+    "precision": _of_outcomes(resampled.precision),
+    "f1": _of_outcomes(resampled.f1),
+    "brier": _of_outcomes(resampled.brier, "lower"),
+    "ece": _of_outcomes(resampled.ece, "lower"),
     DICE: _of_masks(DICE, "higher"),
     HD95: _of_masks(HD95, "lower"),
     SURFACE: _of_masks(SURFACE, "lower"),

@@ -49,7 +49,7 @@ class Scores:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, durable: bool = True) -> None:
         """Write an .npz without pickled objects, in one atomic step. Raises StorageError."""
         arrays: dict[str, NDArray[Any]] = {
             "keys": np.array(self.keys, dtype=np.str_),
@@ -60,7 +60,7 @@ class Scores:
         arrays |= {f"column_{i}": a for i, a in enumerate(self.columns.values())}
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **arrays)
-        tensors.write_atomic(path, buffer.getvalue())
+        tensors.write_atomic(path, buffer.getvalue(), durable=durable)
 
 
 def load(path: Path) -> Scores:

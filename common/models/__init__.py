@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from medfl.common import tensors
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from medfl.common.study import Model, Study
 
 log = logging.getLogger(__name__)
+
+# Numbers of two cases that a network is tried on in a few milliseconds: 2 x 64 x 64.
+_SMALL = 2**13
 
 MODELS: dict[str, ModelEntry] = {
     "logistic": ModelEntry(logistic.build, ("image", "record"), "scores"),
@@ -112,15 +116,17 @@ def _entry(study: Study) -> ModelEntry:
 
 
 def _check_size(module: nn.Module, shape: Shape, study: Study) -> None:
-    """Try two cases of the study's size on the meta device, where nothing is computed."""
+    """Try two cases of the study's size, large ones where nothing is computed."""
     import torch
 
     cases = (2, shape.channels, *shape.size) if shape.channels else (2, *shape.size)
-    weights = {name: t.to("meta") for name, t in module.state_dict().items()}
+    # The meta device computes nothing, but imports for a second and a half when first used.
+    device = "cpu" if math.prod(cases) <= _SMALL else "meta"
+    weights = {name: t.to(device, copy=True) for name, t in module.state_dict().items()}
     try:
         with torch.no_grad():
             out = torch.func.functional_call(
-                module, weights, (torch.empty(cases, device="meta"),), strict=True
+                module, weights, (torch.zeros(cases, device=device),), strict=True
             )
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]

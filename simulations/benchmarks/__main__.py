@@ -53,6 +53,10 @@ BENCHMARKS = {
         "medfl.simulations.benchmarks.wire",
         "bytes of an update and the model's worth, float32 to int4 (data: MEDFL_BENCH_DATA)",
     ),
+    "simulation": (
+        "medfl.simulations.benchmarks.simulation",
+        "seconds of medfl-simulate, against the plain loop in two processes, Flower and FLARE",
+    ),
 }
 
 app = cli.new_app()

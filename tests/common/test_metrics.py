@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -219,3 +220,53 @@ def test_weighting_a_case_is_the_same_as_having_it_more_than_once(
     for name, expected in summarise(task, written_out, known_metrics(task)).items():
         weighted = float(METRICS[name].resampled(task, cases, times[None].astype(float))[0])
         assert weighted == pytest.approx(np.nan if expected is None else expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("task", [BINARY, THREE, LABELS])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_metrics_are_those_of_scikit_learn(task: Task, data: st.DataObject) -> None:
+    from sklearn import metrics as reference
+
+    n = data.draw(st.integers(2, 40))
+    generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    classes = len(task.classes)
+    if task.multi_label:
+        target = generator.integers(0, 2, (n, classes)).astype(np.float32)
+    else:
+        target = generator.integers(0, classes, n)
+    # Tenths, so that ties are common.
+    probability = generator.integers(0, 11, (n, 1 if task is BINARY else classes)) / 10
+    told = summarise(task, scored(target, probability), known_metrics(task))
+    if task is THREE:
+        truth = target[:, None] == np.arange(3)
+        said = probability.argmax(axis=1)[:, None] == np.arange(3)
+        assert told["accuracy"] == pytest.approx(
+            reference.accuracy_score(target, probability.argmax(axis=1))
+        )
+    else:
+        truth, said = target.reshape(n, -1) == 1, probability > 0.5
+    columns = range(truth.shape[1])
+    both = [k for k in columns if 0 < truth[:, k].sum() < n]
+    present, lacking = ([k for k in columns if m[:, k].any()] for m in (truth, ~truth))
+
+    def mean(score: Callable[..., float], over: list[int], *answers: np.ndarray) -> float | None:
+        values = [score(*(a[:, k] for a in answers)) for k in over]
+        return pytest.approx(np.mean(values), abs=1e-12) if values else None
+
+    def precision(truth: np.ndarray, said: np.ndarray) -> float:
+        return float(reference.precision_score(truth, said, zero_division=0))
+
+    assert told["auroc"] == mean(reference.roc_auc_score, both, truth, probability)
+    average = mean(reference.average_precision_score, both, truth, probability)
+    assert told["average_precision"] == average
+    assert told["recall"] == mean(reference.recall_score, present, truth, said)
+    assert told["specificity"] == mean(reference.recall_score, lacking, ~truth, ~said)
+    assert told["precision"] == mean(precision, present, truth, said)
+    assert told["f1"] == mean(reference.f1_score, present, truth, said)
+    if task is not THREE:
+        assert told["accuracy"] == mean(reference.accuracy_score, [*columns], truth, said)
+        balanced = mean(reference.balanced_accuracy_score, both, truth, said)
+        assert told["balanced_accuracy"] == balanced
+        brier = mean(reference.brier_score_loss, [*columns], truth, probability)
+        assert told["brier"] == brier

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from medfl.client.data import own, store
-from medfl.client.data.cases import Cohort
+from medfl.client.data.cases import Cohort, Found
 from medfl.client.data.cohort import _outcomes, build_cohort, find_cases
 from medfl.client.data.reasons import KEPT, REASONS
 from medfl.common.errors import DataError
@@ -121,11 +121,13 @@ def test_too_many_bad_cases_stop_the_study_with_counts_and_no_names(
 
 def test_too_few_cases_stop_the_study(images: DataSource, grey_study: Study) -> None:
     with pytest.raises(DataError, match="0 usable cases"):
-        build_cohort(images, grey_study, cache=None, only=["nobody"])
+        build_cohort(images, grey_study, cache=None, found=Found(()))
 
 
-def test_only_keeps_the_named_cases_and_their_keys(images: DataSource, grey_study: Study) -> None:
-    some = build_cohort(images, grey_study, cache=None, only=["1.png", "4.png"])
+def test_a_share_of_the_cases_keeps_their_keys(images: DataSource, grey_study: Study) -> None:
+    listed = find_cases(images, grey_study).cases
+    share = Found(tuple(c for c in listed if c.case_id in ("1.png", "4.png")))
+    some = build_cohort(images, grey_study, cache=None, found=share)
     every = build_cohort(images, grey_study, cache=None)
     assert len(some.cases) == 2
     assert set(some.cases) <= set(every.cases)

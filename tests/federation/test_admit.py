@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from medfl.common.approvals import Decision, signed
-from medfl.common.errors import FederationError, PolicyRefused
+from medfl.common.errors import FederationError, NotAdmitted, PolicyRefused
 from medfl.common.kept import save_record
 from medfl.common.messages import Envelope, Instruction, Reply, pack
 from medfl.common.receipts import Seal, Seen, asked_by, attach, content_of, seal
 from medfl.common.signing import SigningKey, new_key, public_of
 from medfl.server import authority
-from medfl.server.admit import Door, NotAdmitted
+from medfl.server.admit import Door
 from medfl.server.federation import SiteRecord
 from medfl.server.settings import ServerSettings, open_federation
 from medfl.strategies.admission import cleaned

@@ -17,7 +17,7 @@ import pytest
 from flwr.proto.fleet_pb2 import RegisterNodeFleetRequest
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
-from medfl.client import flower
+from medfl.client import tasks
 from medfl.common import tensors, tunnel
 from medfl.common.bundle import study_bundle
 from medfl.common.errors import StorageError
@@ -116,7 +116,7 @@ def test_an_answer_that_its_node_does_not_take_is_handed_over_again(
     world = small(rounds=2)
     world.wait()
     left = [failures]
-    true = flower.make_push_object_fn_protobuf
+    true = tasks.make_push_object_fn_protobuf
 
     def flaky(call, node, run_id, session_id):
         if left[0]:
@@ -128,7 +128,7 @@ def test_an_answer_that_its_node_does_not_take_is_handed_over_again(
             return push
         return true(call, node, run_id, session_id)
 
-    monkeypatch.setattr(flower, "make_push_object_fn_protobuf", flaky)
+    monkeypatch.setattr(tasks, "make_push_object_fn_protobuf", flaky)
     records = []
     world.engine.run(
         world.study, seed=7, deadline_s=60, on_round=lambda record, _: records.append(record)

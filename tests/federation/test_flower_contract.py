@@ -1,7 +1,7 @@
 """What medfl relies on in Flower and Flower does not promise. Each fails loudly when that changes.
 
 Where one fails after a new version of flwr: read the file that it names, then change the adapter
-(server/link.py, server/nodes.py, server/superlink.py, client/flower.py, client/supernode.py).
+(server/link.py, server/nodes.py, server/superlink.py, client/tasks.py, client/supernode.py).
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ class NoTunnel:
 
 @pytest.mark.slow
 def test_the_supernode_gives_tasks_only_to_who_knows_its_secret(tmp_path) -> None:
-    from medfl.client.flower import NodeGone, Tasks
+    from medfl.client.tasks import NodeGone, Tasks
 
     node = Node(NoTunnel(), tmp_path)
     node.start("127.0.0.1:9")  # nobody there: it keeps trying

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from medfl.simulations.benchmarks import __main__ as benchmarks
-from medfl.simulations.benchmarks import plain
+from medfl.simulations.benchmarks import images, plain, shares
 from medfl.simulations.benchmarks.rows import Row, Spread, write
 
 
@@ -63,3 +64,30 @@ def test_a_benchmark_runs_small_and_its_results_agree(
     assert [row["agree"] for row in rows if row["agree"] is not None] != []
     assert all(row["agree"] is not False for row in rows)
     assert all(row["medfl"]["values"] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_simulation_ends_with_the_plain_loops_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmarks.main(["simulation", "--small", "--json"]) == 0
+    work, start, *helps = json.loads(capsys.readouterr().out)["rows"]["simulation"]
+    assert work["agree"] is True
+    assert work["rivals"]["plain loop"]["values"]
+    assert start["medfl"]["values"]
+    assert len(helps) == 3
+
+
+def test_the_shares_hold_every_case_once_and_the_plain_loop_learns_from_them(
+    tmp_path: Path,
+) -> None:
+    work = shares.ImageWork("cnn", 3, rounds=2)
+    study = shares.write(work, shares.made_up(120), tmp_path)
+    data = images.Data(tmp_path)
+    parts = [data.part(site, p) for site in range(3) for p in ("train", "validation", "test")]
+    assert sum(len(labels) for _, labels in parts) == 120
+    assert len(study.task.classes) == 2
+    model = images.network("cnn")
+    before = {name: t.clone() for name, t in data.first.items()}
+    after, cases = images.round_at(data, model, before, 0, 1)
+    assert cases == len(parts[0][1])
+    assert not any(torch.equal(after[name], t) for name, t in before.items())

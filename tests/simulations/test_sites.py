@@ -25,6 +25,7 @@ from medfl.common.study import (
     Study,
     load_study,
 )
+from medfl.simulations import sites
 from medfl.simulations.sites import (
     OPEN_HOSPITALS,
     OpenHospitals,
@@ -104,27 +105,43 @@ def test_one_collection_is_divided_and_nobody_shares_a_patient(
     assert len(keys) == 33
 
 
-def test_the_least_used_hospitals_are_closed(
-    write_study: Write, write_hospital: Write, tmp_path: Path
+def test_the_least_used_hospitals_are_closed_where_they_hold_many_cases(
+    write_study: Write, write_hospital: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_hospital("h00")
-    for i in range(1, 10):
+    for i in range(1, 12):
         write_hospital(f"h{i:02d}")
     study = load_study(write_study())
     run = SimulatedRun("main", study, find_hospitals(study, data, tmp_path), tmp_path / "out")
     opened = OpenHospitals({1: run, 2: replace(run, name="other")})
     first = opened.find(1, 1)
-    for node in range(2, OPEN_HOSPITALS + 1):
-        opened.find(1, node)
+    for node in range(2, OPEN_HOSPITALS + 3):
+        assert len(opened.find(1, node).cohort.cases) == 30
+    assert len(opened._open) == OPEN_HOSPITALS + 2  # few cases: all stay open
+    monkeypatch.setattr(sites, "OPEN_CASES", 8 * 30)
     assert opened.find(1, 1) is first  # used again, so now node 2 is the least used
-    second = opened.find(1, 2)
-    opened.find(1, 9)
-    opened.find(1, 10)
+    second, third = opened.find(1, 2), opened.find(1, 3)
+    opened.find(1, 11)
     assert opened.find(1, 2) is second
-    assert len(opened._open) == OPEN_HOSPITALS
-    opened.find(2, 1)
-    assert opened.find(1, 3) is not None
+    assert opened.find(1, 3) is third
+    assert len(opened._open) <= OPEN_HOSPITALS + 2
+    assert (1, 4) not in opened._open
     assert opened.find(2, 1).folder == run.folder / "sites" / "h00"
+
+
+def test_no_more_hospitals_are_open_than_a_process_may_have_files(
+    write_study: Write, write_hospital: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_hospital("h00")
+    for i in range(1, 12):
+        write_hospital(f"h{i:02d}")
+    study = load_study(write_study())
+    run = SimulatedRun("main", study, find_hospitals(study, data, tmp_path), tmp_path / "out")
+    monkeypatch.setattr(sites, "MOST_OPEN", 9)
+    opened = OpenHospitals({1: run})
+    for node in range(1, 13):
+        opened.find(1, node)
+    assert [node for _, node in opened._open] == list(range(4, 13))
 
 
 def test_pooled_records_keep_their_parts(
