@@ -95,10 +95,12 @@ def noisy_mean(
     Added in float64 and rounded afterwards: the sum's last bits say nothing of the gradient.
     """
     sd = dp.noise_multiplier * dp.clip
-    return {
-        name: ((g.double() + sd * normal(g)) / expected_batch).to(g.dtype)
-        for name, g in summed.items()
-    }
+
+    def noisy(g: Tensor) -> Tensor:
+        # In place: a large model's noise is made and read once.
+        return normal(g).double().mul_(sd).add_(g).div_(expected_batch).to(g.dtype)
+
+    return {name: noisy(g) for name, g in summed.items()}
 
 
 def noise_generator(dp: DpPlan) -> Callable[[Tensor], Tensor]:

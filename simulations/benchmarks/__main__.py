@@ -22,6 +22,10 @@ from medfl.simulations.benchmarks.rows import Row, machine, write
 
 # name -> (module, what it measures)
 BENCHMARKS = {
+    "dp": (
+        "medfl.simulations.benchmarks.dp",
+        "time and memory of a private step over a plain one, against Opacus and torch.func",
+    ),
     "latency": (
         "medfl.simulations.benchmarks.latency",
         "seconds of a round beyond training, 30 kB and 100 MB models, against stock Flower",

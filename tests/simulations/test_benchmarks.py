@@ -52,11 +52,12 @@ def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["latency", "memory", "secagg"])
+@pytest.mark.parametrize("name", ["dp", "latency", "memory", "secagg"])
 def test_a_benchmark_runs_small_and_its_results_agree(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert benchmarks.main([name, "--small", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"][name]
-    assert [row["agree"] for row in rows] == [True] * len(rows)
+    assert all(row["agree"] is not False for row in rows)
+    assert any(row["agree"] for row in rows)
     assert all(row["medfl"]["values"] for row in rows)

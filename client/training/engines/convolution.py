@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Numbers of per-record gradients in one grouped convolution: beyond it oneDNN's time per record
-# rises steeply.
-GROUPED_NUMBERS = 2**20
+# Per-record gradients in one grouped convolution: about as many numbers as a core's second cache
+# holds, beyond which oneDNN's time per record rises steeply; but some records at least.
+GROUPED_NUMBERS, GROUPED_RECORDS = 2**18, 4
 # The T x T products of a ghost norm pay where GHOST · T² is at most the number of weights.
 GHOST = 24
 
@@ -59,7 +59,7 @@ class Geometry:
         """(B, *weight): the records become groups of one convolution, some at a time."""
         if self.pointwise(weight) or self.is_ghostly(g, weight):
             return torch.bmm(g.flatten(2), self.unfolded(x, weight)).view(len(x), *weight.shape)
-        at_once = max(1, GROUPED_NUMBERS // weight.numel())
+        at_once = max(GROUPED_RECORDS, GROUPED_NUMBERS // weight.numel())
         parts = [
             self._grouped(g[i : i + at_once], x[i : i + at_once], weight)
             for i in range(0, len(x), at_once)
@@ -91,8 +91,8 @@ class Geometry:
 
     def _grouped(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         n = len(x)
-        # Only the shape of the weights counts here, and one number shows it without memory.
-        shape = weight.new_empty(1).expand(n * weight.shape[0], *weight.shape[1:])
+        # Only the shape of the weights counts here: memory that nobody writes to or reads.
+        shape = weight.new_empty(n * weight.shape[0], *weight.shape[1:])
         g, x = (t.reshape(1, -1, *t.shape[2:]) for t in (g, x))
         gradient = self._backward(g, x, shape, n * self.groups, (False, True, False))[1]
         return gradient.view(n, *weight.shape)
