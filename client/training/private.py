@@ -1,8 +1,6 @@
 """DP-SGD (Abadi et al. 2016, algorithm 1): Poisson batches of patients, clipped once each, noise.
 
-Per-record gradients come from torch.func (vmap over grad), which needs no hooks in the layers:
-it was measured faster than Opacus's GradSampleModule on every convolutional network of the
-catalogue, and it works with residual blocks that add in place, where the hooks fail.
+What makes the clipped sums is an engine (`medfl.client.training.engines`).
 """
 
 from __future__ import annotations
@@ -13,9 +11,11 @@ from itertools import islice
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
 from medfl.client.training.caseset import CaseSet
+from medfl.client.training.engines.choice import engine_for
+from medfl.client.training.engines.engine import Engine
+from medfl.client.training.engines.materialised import clipped_sum
 from medfl.client.training.optimisers import make_optimiser
 from medfl.client.training.plan import DpPlan, TrainOutcome, TrainPlan
 from medfl.client.training.schedule import private_steps_in_round
@@ -30,7 +30,6 @@ from medfl.client.training.units import (
     Gradients,
     Positions,
     groups,
-    mean_by_unit,
     poisson_batches,
     units_of,
 )
@@ -40,9 +39,6 @@ from medfl.common.models.norms import has_batch_norm
 from medfl.common.noise import Keystream
 from medfl.common.statistics import Shared
 from medfl.common.study import Study
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-PerRecord = Callable[[Mapping[str, Tensor], Tensor, Tensor], Gradients]
 
 # Numbers held at once as per-record gradients: 1 GiB of float32.
 MOST_NUMBERS = 2**28
@@ -63,8 +59,13 @@ def train_private(
     dp = plan.dp
     if dp is None:
         raise ConfigError("train_private needs plan.dp; use train for both kinds")
+    if has_batch_norm(model):
+        raise ConfigError(
+            "model: has batch norm, which mixes records, so it cannot train under differential "
+            'privacy; build it with Shared.private, or set model.options.norm = "group"'
+        )
     parameters = trainable(model)
-    gradients_of = per_record_gradients(model, build_loss(study, shared))
+    engine = engine_for(model, build_loss(study, shared))
     fetch, normal = batch_source(cases, study, plan), noise_generator(dp)
     units = units_of(cases, dp.unit)
     expected_batch = dp.sample_rate * (dp.n_declared or len(units))
@@ -76,7 +77,7 @@ def train_private(
     for step, drawn in enumerate(islice(batches, steps)):
         rates += set_rate(optimiser, study, plan, step, steps)
         batch = [units[int(i)] for i in drawn]
-        summed = sum_of_units(batch, at_once, parameters, gradients_of, fetch, dp.clip)
+        summed = sum_of_units(batch, at_once, parameters, engine, fetch, dp.clip)
         mean = noisy_mean(summed, dp, expected_batch, normal)
         for name, parameter in parameters.items():
             parameter.grad = mean[name]
@@ -84,43 +85,6 @@ def train_private(
         add_correction(parameters, plan.correction)
         optimiser.step()
     return TrainOutcome(steps, None, rates / steps)
-
-
-def per_record_gradients(model: nn.Module, loss_of: Loss) -> PerRecord:
-    """(parameters, inputs (B, ...), targets (B, ...)) -> gradients (B, *shape) by name.
-
-    Each record's loss is taken alone, as a batch of one; frozen parameters are the model's own.
-
-    Raises:
-        ConfigError: the model has batch norm, whose gradients do not belong to one record.
-    """
-    if has_batch_norm(model):
-        raise ConfigError(
-            "model: has batch norm, which mixes records, so it cannot train under differential "
-            'privacy; build it with Shared.private, or set model.options.norm = "group"'
-        )
-
-    def loss_of_one(parameters: Mapping[str, Tensor], one: Tensor, target: Tensor) -> Tensor:
-        logits = functional_call(model, dict(parameters), (one[None],))
-        return loss_of(logits, target[None])
-
-    return vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different")
-
-
-def clipped_sum(gradients: Gradients, clip: float) -> Gradients:
-    """Σ over units of g · min(1, clip / ‖g‖), the norm over all parameters together.
-
-    A unit whose gradient is not a number counts as zero: it must not escape the bound.
-    """
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
-    bad = ~torch.isfinite(norms)
-    if bool(bad.any()):
-        for gradient in gradients.values():
-            gradient[bad] = 0.0
-        norms = torch.where(bad, torch.zeros_like(norms), norms)
-    # clip / max(norm, clip) is min(1, clip / norm) without a division by zero.
-    factors = clip / norms.clamp_min(clip)
-    return {name: torch.tensordot(factors, g, dims=1) for name, g in gradients.items()}
 
 
 def noisy_mean(
@@ -131,10 +95,12 @@ def noisy_mean(
     Added in float64 and rounded afterwards: the sum's last bits say nothing of the gradient.
     """
     sd = dp.noise_multiplier * dp.clip
-    return {
-        name: ((g.double() + sd * normal(g)) / expected_batch).to(g.dtype)
-        for name, g in summed.items()
-    }
+
+    def noisy(g: Tensor) -> Tensor:
+        # In place: a large model's noise is made and read once.
+        return normal(g).double().mul_(sd).add_(g).div_(expected_batch).to(g.dtype)
+
+    return {name: noisy(g) for name, g in summed.items()}
 
 
 def noise_generator(dp: DpPlan) -> Callable[[Tensor], Tensor]:
@@ -157,39 +123,31 @@ def chunk_size(model: nn.Module, batch_size: int) -> int:
 def sum_of_units(
     batch: Sequence[Positions],
     at_once: int,
-    parameters: Mapping[str, nn.Parameter],
-    gradients_of: PerRecord,
+    parameters: Mapping[str, Tensor],
+    engine: Engine,
     fetch: Fetch,
     clip: float,
 ) -> Gradients:
     """Sum of the units' clipped contributions to one Poisson batch, some records at a time."""
-    values = {name: p.detach() for name, p in parameters.items()}
-    summed = {name: torch.zeros_like(value) for name, value in values.items()}
+    summed = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
     for group in groups(batch, at_once):
         if len(group) == 1 and len(group[0]) > at_once:
-            mean = _mean_in_parts(group[0], at_once, values, gradients_of, fetch)
+            part = clipped_sum(_mean_in_parts(group[0], at_once, engine, fetch), clip)
         else:
-            gradients = gradients_of(values, *fetch(np.concatenate(group)))
-            mean = mean_by_unit(gradients, [len(unit) for unit in group])
-        for name, part in clipped_sum(mean, clip).items():
-            summed[name] += part
+            sizes = [len(unit) for unit in group]
+            part = engine.clipped_sum(*fetch(np.concatenate(group)), sizes, clip)
+        for name, gradient in part.items():
+            summed[name] += gradient
     return summed
 
 
-def _mean_in_parts(
-    unit: Positions,
-    at_once: int,
-    values: Mapping[str, Tensor],
-    gradients_of: PerRecord,
-    fetch: Fetch,
-) -> Gradients:
+def _mean_in_parts(unit: Positions, at_once: int, engine: Engine, fetch: Fetch) -> Gradients:
     """(1, *shape): the mean gradient of a unit with more records than are held at once."""
-    total = {name: torch.zeros_like(value)[None] for name, value in values.items()}
+    total: Gradients = {}
     for first in range(0, len(unit), at_once):
-        part = gradients_of(values, *fetch(unit[first : first + at_once]))
-        for name, gradient in part.items():
-            total[name] += gradient.sum(dim=0, keepdim=True)
-    return {name: gradient / len(unit) for name, gradient in total.items()}
+        part = engine.total(*fetch(unit[first : first + at_once]))
+        total = {n: g + total[n] if n in total else g for n, g in part.items()}
+    return {name: gradient[None] / len(unit) for name, gradient in total.items()}
 
 
 def _add_penalty(

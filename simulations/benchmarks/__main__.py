@@ -33,6 +33,10 @@ BENCHMARKS = {
         "medfl.simulations.benchmarks.data",
         "cached epochs against data in memory, the first reading of DICOM against decoding, memory",
     ),
+    "dp": (
+        "medfl.simulations.benchmarks.dp",
+        "time and memory of a private step over a plain one, against Opacus and torch.func",
+    ),
     "latency": (
         "medfl.simulations.benchmarks.latency",
         "seconds of a round beyond training, 30 kB and 100 MB models, against stock Flower",

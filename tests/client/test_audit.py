@@ -18,6 +18,7 @@ from scipy import stats
 
 from medfl.client.composition import Charge, spent
 from medfl.client.ledger import Ledger
+from medfl.client.training.engines.materialised import Materialised
 from medfl.client.training.plan import DpPlan
 from medfl.client.training.private import noise_generator, noisy_mean, sum_of_units
 from medfl.client.training.units import poisson_batches
@@ -60,12 +61,13 @@ def right_guesses(seed: int, noise_multiplier: float = SIGMA) -> int:
         return inputs, torch.zeros(len(positions))
 
     weights = {"w": torch.nn.Parameter(torch.zeros(CANARIES))}
+    engine = Materialised(weights, lambda _, x, y: {"w": x})
     released = np.zeros(CANARIES)
     for round_ in range(ROUNDS):
         dp = DpPlan(noise_multiplier, RATE, CLIP, key=key_from(seed, "round", round_))
         (drawn,) = islice(poisson_batches(len(units), RATE, dp.key), 1)
         batch = [units[i] for i in drawn]
-        summed = sum_of_units(batch, 64, weights, lambda _, x, y: {"w": x}, fetch, CLIP)
+        summed = sum_of_units(batch, 64, weights, engine, fetch, CLIP)
         released += noisy_mean(summed, dp, RATE * CANARIES, noise_generator(dp))["w"].numpy()
     order = np.argsort(released)
     out, in_ = order[: GUESSES // 2], order[-GUESSES // 2 :]

@@ -54,7 +54,7 @@ def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "name", ["aggregate", "data", "latency", "memory", "scale", "secagg", "wire"]
+    "name", ["aggregate", "data", "dp", "latency", "memory", "scale", "secagg", "wire"]
 )
 def test_a_benchmark_runs_small_and_its_results_agree(
     name: str, capsys: pytest.CaptureFixture[str]

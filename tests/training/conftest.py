@@ -11,6 +11,7 @@ import torch
 
 from medfl.client.training.caseset import CaseSet
 from medfl.common.config import parse
+from medfl.common.models import MODELS
 from medfl.common.study import Study
 
 
@@ -74,6 +75,31 @@ def make_cases() -> Callable[..., CaseSet]:
             inputs, targets = _random(study, n, np.random.default_rng(seed))
         keys = tuple(f"{i:04x}" for i in range(len(inputs)))
         return CaseSet(inputs, targets, keys, keys)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_tried(make_study) -> Callable[..., tuple[Study, torch.Tensor, torch.Tensor]]:
+    """make_tried(model, dimensions, n=2, **options): a study, float64 inputs, targets."""
+
+    def make(name: str, dimensions: int, n: int = 2, **options: Any) -> Any:
+        segments = MODELS[name].output == "masks"
+        side = 32 if name.startswith(("densenet", "basic")) else 16
+        side = 8 if dimensions == 3 and name == "unet" else side
+        study = make_study(
+            name,
+            [side] * dimensions,
+            kind="segmentation" if segments else "classification",
+            classes=3 if segments else 2,
+            loss="dice_ce" if segments else "cross_entropy",
+            options={"channels": [4, 8, 8], **options} if name == "unet" else options or None,
+        )
+        generator = torch.Generator().manual_seed(1)
+        size = [side] * dimensions
+        x = torch.randn(n, 1, *size, generator=generator, dtype=torch.float64)
+        masks = torch.randint(0, 3, (n, *size), generator=generator)
+        return study, x, masks if segments else torch.arange(n) % 2
 
     return make
 

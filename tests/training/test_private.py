@@ -10,20 +10,15 @@ import pytest
 import torch
 
 from medfl.client.training import private
+from medfl.client.training.engines.materialised import clipped_sum, per_record_gradients
 from medfl.client.training.loop import train
 from medfl.client.training.plan import DpPlan, TrainPlan
-from medfl.client.training.private import (
-    chunk_size,
-    clipped_sum,
-    noise_generator,
-    noisy_mean,
-    per_record_gradients,
-)
+from medfl.client.training.private import chunk_size, noise_generator, noisy_mean
 from medfl.client.training.units import poisson_batches
 from medfl.common import tensors
 from medfl.common.errors import ConfigError
 from medfl.common.losses import build_loss
-from medfl.common.models import DP_MODELS, MODELS, build_model
+from medfl.common.models import DP_MODELS, build_model
 from medfl.common.models.weights import get_weights
 from medfl.common.statistics import Shared
 
@@ -56,24 +51,6 @@ def test_a_gradient_that_is_not_a_number_counts_as_zero() -> None:
     assert clipped_sum({"a": torch.zeros(3, 2)}, 1.0)["a"].tolist() == [0, 0]
 
 
-def case_of(name: str, dimensions: int, make_study):
-    segments = MODELS[name].output == "masks"
-    side = 32 if name.startswith(("densenet", "basic")) else 16
-    side = 8 if dimensions == 3 and name == "unet" else side
-    study = make_study(
-        name,
-        [side] * dimensions,
-        kind="segmentation" if segments else "classification",
-        classes=3 if segments else 2,
-        loss="dice_ce" if segments else "cross_entropy",
-        options={"channels": [4, 8, 8]} if name == "unet" else None,
-    )
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 1, *[side] * dimensions, generator=generator, dtype=torch.float64)
-    masks = torch.randint(0, 3, (2, *[side] * dimensions), generator=generator)
-    return study, x, masks if segments else torch.tensor([0, 1])
-
-
 @pytest.mark.parametrize(
     ("name", "dimensions"),
     [
@@ -83,9 +60,9 @@ def case_of(name: str, dimensions: int, make_study):
     ],
 )
 def test_per_record_gradients_are_those_of_single_backward_passes(
-    name, dimensions, make_study
+    name, dimensions, make_tried
 ) -> None:
-    study, x, y = case_of(name, dimensions, make_study)
+    study, x, y = make_tried(name, dimensions)
     model = build_model(study, PRIVATE, seed=0).double()
     loss_of = build_loss(study, PRIVATE)
     parameters = {n: p.detach() for n, p in model.named_parameters()}
@@ -97,10 +74,10 @@ def test_per_record_gradients_are_those_of_single_backward_passes(
             torch.testing.assert_close(found[key][record], parameter.grad, atol=1e-9, rtol=1e-6)
 
 
-def test_they_are_also_those_of_opacus_hooks(make_study) -> None:
+def test_they_are_also_those_of_opacus_hooks(make_tried) -> None:
     from opacus import GradSampleModule
 
-    study, x, y = case_of("cnn", 2, make_study)
+    study, x, y = make_tried("cnn", 2)
     model = build_model(study, PRIVATE, seed=0).double()
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     found = per_record_gradients(model, build_loss(study, PRIVATE))(parameters, x, y)

@@ -10,9 +10,14 @@ import torch
 
 from medfl.client.training import private
 from medfl.client.training.caseset import CaseSet
+from medfl.client.training.engines.materialised import (
+    Materialised,
+    clipped_sum,
+    per_record_gradients,
+)
 from medfl.client.training.loop import train
 from medfl.client.training.plan import DpPlan, TrainPlan
-from medfl.client.training.private import clipped_sum, per_record_gradients, sum_of_units
+from medfl.client.training.private import sum_of_units
 from medfl.client.training.units import groups, mean_by_unit, units_of
 from medfl.common.losses import build_loss
 from medfl.common.models import build_model
@@ -40,7 +45,8 @@ def summed(cases: CaseSet, patients: list[str], at_once: int = 64) -> np.ndarray
 
     units = [u for u in units_of(cases, "patient") if cases.patients[u[0]] in patients]
     weights = {"w": torch.nn.Parameter(torch.zeros(3))}
-    total = sum_of_units(units, at_once, weights, lambda _, x, y: {"w": x}, fetch, CLIP)
+    engine = Materialised(weights, lambda _, x, y: {"w": x})
+    total = sum_of_units(units, at_once, weights, engine, fetch, CLIP)
     return total["w"].double().numpy()
 
 

@@ -1,0 +1,47 @@
+"""What every engine does: the clipped sum of a group of units, from one batch of their records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from medfl.client.training.units import Gradients
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class NotCoveredError(Exception):
+    """An engine has no rule for something in the model; another engine must take it."""
+
+
+class Engine(Protocol):
+    """Gradients of a model's trainable parameters, as they are at the time of the call."""
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+
+    def clipped_sum(
+        self, inputs: Tensor, targets: Tensor, sizes: Sequence[int], clip: float
+    ) -> Gradients:
+        """Σ over units of g · min(1, clip / ‖g‖), g the mean gradient of the unit's records.
+
+        inputs (B, ...), targets (B, ...): the records of all units, one unit after another.
+        sizes: records of each unit; their sum is B. A unit whose gradient is not a number counts
+        as zero.
+        """
+
+    def total(self, inputs: Tensor, targets: Tensor) -> Gradients:
+        """Σ over records of the gradient, not clipped: a part of one unit's mean."""
+
+
+def clip_factors(norms: Tensor, clip: float) -> Tensor:
+    """(units,) -> min(1, clip / norm); 0 for a unit whose norm is not a number.
+
+    Such a unit must not escape the bound; its gradient is zeroed as well, since 0 · inf is none.
+    """
+    # clip / max(norm, clip) is min(1, clip / norm) without a division by zero.
+    return torch.where(torch.isfinite(norms), clip / norms.clamp_min(clip), 0.0)

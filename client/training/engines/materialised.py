@@ -1,0 +1,69 @@
+"""Every record's gradient as numbers, by torch.func (vmap over grad): for any model.
+
+It needs no rule for any layer. It is the reference of the other engine and stands in where that
+one has no rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from medfl.client.training.engines.engine import Loss, clip_factors
+from medfl.client.training.units import Gradients, mean_by_unit
+
+PerRecord = Callable[[Mapping[str, Tensor], Tensor, Tensor], Gradients]
+
+
+class Materialised:
+    """An engine from any function that gives the gradients of single records."""
+
+    name = "functorch"
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], gradients_of: PerRecord) -> None:
+        self._parameters, self._gradients_of = parameters, gradients_of
+
+    def clipped_sum(
+        self, inputs: Tensor, targets: Tensor, sizes: Sequence[int], clip: float
+    ) -> Gradients:
+        """As `Engine.clipped_sum`."""
+        gradients = self._gradients_of(self._values(), inputs, targets)
+        return clipped_sum(mean_by_unit(gradients, sizes), clip)
+
+    def total(self, inputs: Tensor, targets: Tensor) -> Gradients:
+        """As `Engine.total`."""
+        gradients = self._gradients_of(self._values(), inputs, targets)
+        return {name: gradient.sum(dim=0) for name, gradient in gradients.items()}
+
+    def _values(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._parameters.items()}
+
+
+def per_record_gradients(model: nn.Module, loss_of: Loss) -> PerRecord:
+    """(parameters, inputs (B, ...), targets (B, ...)) -> gradients (B, *shape) by name.
+
+    Each record's loss is taken alone, as a batch of one; frozen parameters are the model's own.
+    """
+
+    def loss_of_one(parameters: Mapping[str, Tensor], one: Tensor, target: Tensor) -> Tensor:
+        logits = functional_call(model, dict(parameters), (one[None],))
+        return loss_of(logits, target[None])
+
+    return vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different")
+
+
+def clipped_sum(gradients: Gradients, clip: float) -> Gradients:
+    """Σ over units of g · min(1, clip / ‖g‖), the norm over all parameters together.
+
+    A unit whose gradient is not a number counts as zero. Changes `gradients` there.
+    """
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
+    bad = ~torch.isfinite(norms)
+    if bool(bad.any()):
+        for gradient in gradients.values():
+            gradient[bad] = 0.0
+    factors = clip_factors(norms, clip)
+    return {name: torch.tensordot(factors, g, dims=1) for name, g in gradients.items()}
