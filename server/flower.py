@@ -128,7 +128,7 @@ class ConnectedSites:
         if node_id is None:
             return None
         message_id = self._run.send(node_id, record, _TYPES[asked.kind], str(asked.round))
-        self._roster.ring()
+        self._roster.post(site)
         return message_id
 
     def _reply(self, site: str, asked: Instruction, message_id: str | None, began: float) -> Reply:

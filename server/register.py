@@ -1,4 +1,8 @@
-"""Which hospitals are there, what they were given, and a bell for those who wait for either."""
+"""Which hospitals are there, what they were given, and bells for those who wait for either.
+
+A site's own bell rings where something was sent to it. With one for all of them, each message to or
+from one of n sites would make n held pulls look, which is n^2 calls to the SuperLink in a round.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +32,13 @@ class Roster:
     """Shared by the tunnel, which learns, and the run, which asks. Safe for threads."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        # One lock, for the site's bells too.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._version = 0
+        # By site: how often its bell has rung, and who waits for it.
+        self._posted: dict[str, int] = {}
+        self._bells: dict[str, threading.Condition] = {}
         self._places: dict[str, _Place] = {}
         self._heard: dict[str, float] = {}
         self._moved: dict[str, float] = {}
@@ -54,6 +63,23 @@ class Roster:
             self._changed.wait_for(lambda: self._version != version, timeout_s)
             return self._version
 
+    def post(self, site: str) -> None:
+        """Something was sent to the site: wake who waits for that."""
+        with self._changed:
+            self._posted[site] = self._posted.get(site, 0) + 1
+            if site in self._bells:
+                self._bells[site].notify_all()
+
+    def posted(self, site: str) -> int:
+        """Grows with each `post`; what `wait_for_post` wants to know."""
+        return self._posted.get(site, 0)
+
+    def wait_for_post(self, site: str, posted: int, timeout_s: float) -> None:
+        """Until something was sent to the site since `posted`, or the time is over."""
+        with self._changed:
+            bell = self._bells.setdefault(site, threading.Condition(self._lock))
+            bell.wait_for(lambda: self.posted(site) != posted, timeout_s)
+
     def arrived(self, site: str, node_id: int) -> None:
         """A SuperNode of this site has started: what the one before it was given is lost."""
         with self._changed:
@@ -63,6 +89,7 @@ class Roster:
                 self._broken |= before.sent
             self._places[site] = _Place(node_id, time.monotonic())
             self._heard[site] = time.monotonic()
+        self.post(site)  # a pull that is held for the SuperNode before it ends
         self.ring()
 
     def heard(self, site: str, node_id: int) -> None:

@@ -26,7 +26,9 @@ class ServerSettings:
     name: of the federation, for people. listen: address and port of the gateway, the only one that
         faces outwards. address: host:port under which the hospitals reach it (through proxies and
         port forwarding), for the text of an invitation. certificate_days: life of a site's
-        certificate. invitation_hours: life of a token.
+        certificate. invitation_hours: life of a token. workers: calls that the gateway answers at a
+        time; a hospital that waits for work holds one and needs one more, so two a hospital. They
+        are threads that begin when they are needed.
     """
 
     name: str
@@ -34,7 +36,7 @@ class ServerSettings:
     address: str = ""
     certificate_days: Positive = 90.0
     invitation_hours: Positive = 24.0
-    workers: Count = 64
+    workers: Count = 512
 
     def faults(self) -> list[str]:
         """Contradictions between keys, one line each."""

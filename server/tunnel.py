@@ -215,12 +215,12 @@ class Gate:
         """The answer once it holds a message; status 0 after a while without one."""
         end, generation = time.monotonic() + _HOLD_S, guest.generation
         while generation == guest.generation:
-            version = self._roster.version
+            posted = self._roster.posted(site)
             answer = self._pass(guest, call, call.body)
             if answer.status != 200 or nodes.delivered(answer.body):
                 return answer
             look = min(time.monotonic() + _LOOK_S, end)
-            while self._roster.version == version:
+            while self._roster.posted(site) == posted:
                 if time.monotonic() >= end or not active():
                     return Answer(0)
                 # Who waits here is there.
@@ -228,7 +228,7 @@ class Gate:
                     return Answer(401)
                 if time.monotonic() >= look:
                     break
-                self._roster.wait(version, min(1.0, look - time.monotonic()))
+                self._roster.wait_for_post(site, posted, min(1.0, look - time.monotonic()))
         return Answer(401)
 
     def _note(self, site: str, guest: _Guest, name: str, call: Call, answer: Answer) -> None:

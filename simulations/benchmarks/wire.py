@@ -1,17 +1,19 @@
 """What updates cost on the wire, and what the model is worth: float32, float16, int8, int4.
 
-The study is `simulations/studies/pneumonia.toml` (PneumoniaMNIST, small CNN, five hospitals), under
-each `federation.updates` and several seeds; the folder of its data is what MEDFL_BENCH_DATA names.
-With --small, or without that folder, the images are made up, and the row says so. Bytes are those
-of one hospital's update in one round as it travels, against float32 as it lies in memory. A loss is
-the mean over the seeds of float32's AUROC minus the kind's, on all test images; it is compared with
-the half width of the metric's own 95 % interval (bootstrap over test patients, float32).
+The study is `simulations/studies/pneumonia.toml` (PneumoniaMNIST, small CNN, five hospitals) in
+half its rounds, under each `federation.updates` and five seeds; MEDFL_BENCH_DATA names its data's
+folder. With --small, or without that folder, the images are made up, and the row says so. Bytes are
+those of one hospital's update in one round as it travels, against float32 as it lies in memory. A
+loss is the mean over the seeds of float32's AUROC minus the kind's, on all test images; it is
+compared with the half width of the metric's own 95 % interval (bootstrap over test patients).
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from medfl.client.data.own import cores
 from medfl.common.noise import key_from
 from medfl.common.packing import KINDS, Kind
 from medfl.common.study import Study, load_study
@@ -49,8 +52,7 @@ def rows(small: bool) -> list[Row]:
     """A row a kind."""
     named = os.environ.get("MEDFL_BENCH_DATA")
     study = load_study(STUDY)
-    if small:
-        study = replace(study, federation=replace(study.federation, rounds=3))
+    study = replace(study, federation=replace(study.federation, rounds=3 if small else 10))
     with tempfile.TemporaryDirectory(prefix="medfl-bench-") as place:
         folder = Path(place)
         if small or named is None:
@@ -58,9 +60,11 @@ def rows(small: bool) -> list[Row]:
             write_images(data, 160 if small else 2000)
         else:
             data, images = Path(named), "PneumoniaMNIST"
-        seeds = range(42, 44) if small else range(42, 50)
-        preload(study)
-        found = {k: [_run(study, data, folder, k, seed) for seed in seeds] for k in KINDS}
+        seeds = range(42, 44) if small else range(42, 47)
+        jobs = [(study, data, folder, kind, seed) for seed in seeds for kind in KINDS]
+        with ProcessPoolExecutor(cores(), mp_context=multiprocessing.get_context("spawn")) as pool:
+            ended = list(pool.map(_run, *zip(*jobs, strict=True)))
+        found = {k: [e for e, job in zip(ended, jobs, strict=True) if job[3] == k] for k in KINDS}
     return [row_of(kind, found[kind], found["float32"], images) for kind in KINDS]
 
 
@@ -88,10 +92,11 @@ def row_of(kind: Kind, ended: list[Ended], whole: list[Ended], images: str) -> R
 
 
 def _run(study: Study, data: Path, folder: Path, kind: Kind, seed: int) -> Ended:
+    preload(study)
     study = replace(study, federation=replace(study.federation, updates=kind))
     if kind != "float32":  # whose interval is asked for
         study = replace(study, evaluation=replace(study.evaluation, bootstrap=0))
-    hospitals = find_hospitals(study, data, folder / "cache")
+    hospitals = find_hospitals(study, data, folder / f"cache-{os.getpid()}")
     run = SimulatedRun("main", study, hospitals, folder / f"{kind}-{seed}")
     key = key_from(seed, "coordinator")
     outcome = run_study(study, Direct.of(run), seed=seed, noise_key=key)

@@ -254,7 +254,7 @@ def test_one_session_a_site_and_a_second_waits_until_it_is_silent(gate, superlin
     assert activate(gate, session="second").status == 200
 
 
-def test_a_pull_is_held_until_the_bell_rings(superlink) -> None:
+def test_a_pull_is_held_until_the_sites_own_bell_rings(superlink) -> None:
     roster = Roster()
     gate = Gate(superlink.address, KEY, roster)
     activate(gate)
@@ -266,8 +266,13 @@ def test_a_pull_is_held_until_the_bell_rings(superlink) -> None:
     time.sleep(0.5)
     assert thread.is_alive()
     there.set()
-    rang = time.monotonic()
+    # What goes to others, or comes from them, makes nobody look who waits for himself.
+    roster.post("south")
     roster.ring()
+    time.sleep(0.3)
+    assert [name for name, *_ in superlink.calls].count("pull-messages") == 1
+    rang = time.monotonic()
+    roster.post("north")
     thread.join(timeout=3)
     assert time.monotonic() - rang < 1.0
     assert answers[0].body == one_message()[1]
