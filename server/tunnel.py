@@ -41,8 +41,8 @@ _ONCE = {"register-node", "activate-node", "deactivate-node", "unregister-node"}
 _ARRIVALS = {"register-node", "activate-node"}
 _KEPT_ANSWERS = 16
 _HOLD_S = 20.0
-# Without the bell a held pull still looks this often.
-_LOOK_S = 5.0
+# Without its bell a held pull still looks this often: most of what idle hospitals cost.
+_LOOK_S = 10.0
 _AT_ONCE = 4
 MAX_UPLOAD = 8 * 1024**3
 

@@ -13,7 +13,7 @@ from medfl.common import resting
 from medfl.common.tensors import Array, Tensors, floats
 
 # So many numbers are added at once: what a core's cache holds as float64.
-_BLOCK = 2**14
+_BLOCK = 2**15
 
 
 class Sum:

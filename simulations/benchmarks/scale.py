@@ -25,7 +25,7 @@ from medfl.simulations.benchmarks.plain import same
 from medfl.simulations.benchmarks.rows import Row, Spread
 from medfl.simulations.benchmarks.work import Work, first_weights, write_hospital
 
-ROUNDS = 4
+ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ class Cost:
 
 def rows(small: bool) -> list[Row]:
     """A row a number of hospitals and size of model; then calls a second."""
-    runs = [(3, 0.03)] if small else [(10, 0.03), (50, 0.03), (100, 0.03), (10, 10.0), (20, 10.0)]
-    nodes = (5,) if small else (100, 1000)
-    return [_row(*run) for run in runs] + [r for n in nodes for r in _calls(n, 0.5 if small else 8)]
+    runs = [(3, 0.03)] if small else [(10, 0.03), (40, 0.03), (80, 0.03), (10, 10.0)]
+    nodes = (5,) if small else (50, 500)
+    return [_row(*run) for run in runs] + [r for n in nodes for r in _calls(n, 0.5 if small else 5)]
 
 
 def _row(count: int, megabytes: float) -> Row:
@@ -52,14 +52,20 @@ def _row(count: int, megabytes: float) -> Row:
         rivals={},
         unit="s",
         agree=cost.agree,
-        notes={"bytes": cost.bytes_},
+        notes={"hospitals": count, "bytes": cost.bytes_},
     )
 
 
 def _calls(nodes: int, seconds: float) -> list[Row]:
     found = calls.rates(nodes, seconds)
     return [
-        Row(f"{nodes} nodes, a {kind} at the SuperLink", Spread.of([1 / rate]), {}, "s")
+        Row(
+            work=f"{nodes} nodes, a {kind} at the SuperLink",
+            medfl=Spread.of([1 / rate]),
+            rivals={},
+            unit="s",
+            notes={"nodes": nodes, "kind": kind},
+        )
         for kind, rate in found.items()
     ]
 
