@@ -8,6 +8,7 @@ on disk at every call, so that a revocation needs no restart and no new handshak
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -203,8 +204,10 @@ class Gateway:
             ],
         )
         self._server.add_generic_rpc_handlers([Coordinator(self.peers, settings).handlers(), *more])
+        self._last: tuple[bytes, bytes, bytes] = self._certificates()
+        self._changing = threading.Lock()
         credentials = grpc.dynamic_ssl_server_credentials(
-            self._certificates(), self._certificates, require_client_authentication=True
+            _as_configuration(self._last), self._changed, require_client_authentication=True
         )
         try:
             self.port = int(self._server.add_secure_port(settings.listen, credentials))
@@ -222,8 +225,21 @@ class Gateway:
         """Take no new call, let running ones end within `grace_s`."""
         self._server.stop(grace_s).wait(grace_s + 5)
 
-    def _certificates(self) -> Any:
-        """What the next handshake shows and trusts, from the disk."""
+    def _changed(self) -> Any:
+        """What the next handshake shows and trusts; None where that is as before.
+
+        gRPC frees what it replaces while other handshakes may still be using it, and dies of that
+        where many connect at once: so nothing is replaced without need.
+        """
+        with self._changing:
+            now = self._certificates()
+            if now == self._last:
+                return None
+            self._last = now
+        return _as_configuration(now)
+
+    def _certificates(self) -> tuple[bytes, bytes, bytes]:
+        """Key, certificate and whom to trust, from the disk."""
         key, shown = self._federation.gateway()
         left = certificates.ends_at(shown) - self._federation.clock()
         if left < _RENEW_AT * certificates.life_of(shown):
@@ -232,10 +248,13 @@ class Gateway:
         _, own = self._federation.authority()
         trusted = [certificates.pem_of(own)]
         trusted += [known.anchor for known in authority.anchors(self._federation)]
-        return grpc.ssl_server_certificate_configuration(
-            [(certificates.key_pem(key), certificates.pem_of(shown).encode())],
-            root_certificates="".join(trusted).encode(),
-        )
+        pem = certificates.pem_of(shown).encode()
+        return certificates.key_pem(key), pem, "".join(trusted).encode()
+
+
+def _as_configuration(found: tuple[bytes, bytes, bytes]) -> Any:
+    key, shown, trusted = found
+    return grpc.ssl_server_certificate_configuration([(key, shown)], root_certificates=trusted)
 
 
 def refuse_expired(federation: Federation) -> None:

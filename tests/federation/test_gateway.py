@@ -742,3 +742,15 @@ def pump(source: socket.socket, target: socket.socket) -> None:
         target.shutdown(socket.SHUT_WR)
     except OSError:
         return
+
+
+def test_a_handshake_replaces_nothing_that_is_as_before(world: World) -> None:
+    """gRPC dies now and then where it replaces certificates while others connect."""
+    fetched = world.gateway._changed
+    assert fetched() is None
+    world.invited("north")
+    assert fetched() is not None
+    assert fetched() is None
+    authority.renew_gateway(world.federation, world.settings)
+    assert fetched() is not None
+    assert fetched() is None
