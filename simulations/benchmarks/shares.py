@@ -45,7 +45,10 @@ split = "given"
 data = {{ format = "medmnist", path = "." }}
 partition = {{ kind = "iid", sites = {sites} }}
 """
-_OPTIONS = {"cnn": "options = { channels = [16, 32, 64], dense = 64 }", "densenet121": ""}
+_OPTIONS = {
+    "cnn": "options = { channels = [16, 32, 64], dense = 64 }",
+    "densenet121": 'options = { stem = "small" }',
+}
 
 
 @dataclass(frozen=True, slots=True)
