@@ -29,8 +29,9 @@ from medfl.simulations.benchmarks.rows import Row, Spread
 from medfl.simulations.benchmarks.shares import ImageWork
 
 COMMANDS = ("medfl-simulate", "medfl-client", "medfl-server")
-# DenseNet121's sums are longer, in another order than ours where the network is built otherwise.
-TOLERANCE = 1e-5
+# Relative to an array's largest number. 400 steps make 2e-5 of the last bit of float32, by which a
+# loss differs that is summed up otherwise; another order of the cases makes 1e-2.
+TOLERANCE = 1e-4
 
 
 def rows(small: bool) -> list[Row]:
