@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import shutil
@@ -22,7 +23,12 @@ app = cli.new_app()
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; the exit codes are those of `medfl.common.errors`."""
-    return cli.run(app, argv, "medfl-simulate")
+    try:
+        return cli.run(app, argv, "medfl-simulate")
+    finally:
+        if argv is None:
+            # The process ends: torch's hundred thousand objects need not be looked through again.
+            gc.freeze()
 
 
 @app.callback()
@@ -159,40 +165,45 @@ def simulate(
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking must not start CUDA here
     from medfl.simulations.clerk import Clerk
 
-    with Clerk() as clerk:
-        from medfl.simulations.progress import LiveProgress
-        from medfl.simulations.results import environment, storing, write_results
-        from medfl.simulations.run import Machine, choose_device, plan_runs, run_all
-        from medfl.simulations.sites import find_hospitals
-        from medfl.strategies.catalogue import study_faults
+    gc.disable()  # importing makes no garbage to speak of; `run_all` enables it again
+    try:
+        with Clerk() as clerk:
+            from medfl.simulations.progress import LiveProgress
+            from medfl.simulations.results import environment, storing, write_results
+            from medfl.simulations.run import Machine, choose_device, plan_runs, run_all
+            from medfl.simulations.sites import find_hospitals
+            from medfl.strategies.catalogue import study_faults
 
-        if faults := study_faults(study):
-            raise ConfigError([f"{study_file}: {fault}" for fault in faults])
-        chosen = choose_device(device)
-        machine = Machine(device=chosen) if workers is None else Machine(workers, chosen)
-        sites = find_hospitals(study, data, cache or default_cache())
-        runs = plan_runs(study, sites, out, compare, chosen)
-        with storing(out):
-            moved = make_room(out)
-            shutil.copyfile(study_file, out / "study.toml")
-        typer.echo(
-            f"{study.title or study.name}: {len(sites)} sites, {study.federation.rounds} rounds of "
-            f"{study.federation.strategy}, {machine.workers} workers on {chosen}"
-            + (f" (earlier results moved to {moved})" if moved else ""),
-            err=True,
-        )
-        totals = {r.name: r.study.federation.rounds for r in runs}
-        with LiveProgress(totals) as progress:
-            outcomes = run_all(runs, seed=seed, machine=machine, on_round=progress.show)
-        seconds = time.monotonic() - started
-        result = write_results(
-            runs,
-            outcomes,
-            seed=seed,
-            seconds=seconds,
-            environment=environment(chosen, machine.workers),
-        )
-        clerk.report(out)
+            if faults := study_faults(study):
+                raise ConfigError([f"{study_file}: {fault}" for fault in faults])
+            chosen = choose_device(device)
+            machine = Machine(device=chosen) if workers is None else Machine(workers, chosen)
+            sites = find_hospitals(study, data, cache or default_cache())
+            runs = plan_runs(study, sites, out, compare, chosen)
+            with storing(out):
+                moved = make_room(out)
+                shutil.copyfile(study_file, out / "study.toml")
+            how = study.federation
+            typer.echo(
+                f"{study.title or study.name}: {len(sites)} sites, {how.rounds} rounds of "
+                f"{how.strategy}, {machine.workers} workers on {chosen}"
+                + (f" (earlier results moved to {moved})" if moved else ""),
+                err=True,
+            )
+            totals = {r.name: r.study.federation.rounds for r in runs}
+            with LiveProgress(totals) as progress:
+                outcomes = run_all(runs, seed=seed, machine=machine, on_round=progress.show)
+            seconds = time.monotonic() - started
+            result = write_results(
+                runs,
+                outcomes,
+                seed=seed,
+                seconds=seconds,
+                environment=environment(chosen, machine.workers),
+            )
+            clerk.report(out)
+    finally:
+        gc.enable()
     return result
 
 

@@ -7,6 +7,7 @@ outcomes + the sites' score files -> result.json, rounds.jsonl, models, report
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -112,6 +113,9 @@ def run_all(
     by_id = dict(enumerate(runs, start=1))
     opened = OpenHospitals(by_id)
     preload(runs[0].study)
+    # What was imported stays; workers need not look through it, nor copy its pages by doing so.
+    gc.freeze()
+    gc.enable()
     work = worker(client_app(lambda context: opened.find(context.run_id, context.node_id)))
     latest: dict[str, Tensors] = {}
     with (
@@ -141,6 +145,7 @@ def run_all(
             # Waiting coordinators end with their pool, and nobody writes once the log is closed.
             pool.close()
             threads.shutdown(cancel_futures=True)
+            gc.unfreeze()
     return {name: future.result() for name, future in futures.items()}
 
 

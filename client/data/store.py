@@ -17,7 +17,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -182,6 +182,12 @@ def _view(flat: Array, shapes: list[list[int]]) -> Array | Slots:
     return Slots(flat, tuple((int(a), tuple(s)) for a, s in zip(starts, shapes, strict=True)))
 
 
+def _entry_to_plain(entry: Entry) -> dict[str, Any]:
+    # A detail may quote a file name or a header, and those are not for the cache.
+    facts = entry.facts and {f.name: getattr(entry.facts, f.name) for f in fields(entry.facts)}
+    return {"reason": entry.reason, "detail": "", "facts": facts}
+
+
 def _entry_from_plain(plain: dict[str, Any]) -> Entry:
     facts = plain["facts"]
     if facts is not None:
@@ -234,8 +240,7 @@ def _write(folder: Path, outcomes: Iterable[Outcome]) -> None:
         files: tuple[BinaryIO, BinaryIO] = (inputs, masks)
         for outcome in outcomes:
             entry = _entry(outcome, seen)
-            # A detail may quote a file name or a header, and those are not for the cache.
-            entries.append(asdict(replace(entry, detail="")))
+            entries.append(_entry_to_plain(entry))
             if isinstance(outcome, CaseError) or entry.reason:
                 continue
             for i, array in enumerate((outcome.image, outcome.mask)):

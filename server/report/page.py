@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,18 @@ class Figure:
     wide: bool = True
 
 
-def context(run: Run) -> dict[str, Any]:
-    """What report.html.j2 and model_card.md.j2 need; pure, but for reading the run's arrays."""
+def figures(run: Run, group: str) -> list[Figure]:
+    """One of `GROUPS`."""
+    return GROUPS[group](run)
+
+
+def context(run: Run, drawn: Mapping[str, list[Figure]] | None = None) -> dict[str, Any]:
+    """What report.html.j2 and model_card.md.j2 need; pure, but for reading the run's arrays.
+
+    drawn: groups of `figures` that are there already.
+    """
     metric = words.headline_metric(run)
+    groups = {group: (drawn or {}).get(group) for group in GROUPS}
     return {
         "name": run.study.name,
         "title": run.facts.get("title") or run.study.title or run.study.name,
@@ -39,10 +48,7 @@ def context(run: Run) -> dict[str, Any]:
         "means": tables.mean_table(run),
         "sites": tables.site_tables(run, metric),
         "hides": not all(words.shows_metrics(s) for s in run.federated.sites),
-        "site_figures": _site_figures(run, metric),
-        "round_figures": _round_figures(run),
-        "task_figures": _task_figures(run),
-        "pictures": _pictures(run),
+        **{g: figures(run, g) if found is None else found for g, found in groups.items()},
         "sides": _orientation(run) is not None,
         "shows_masks": run.study.task.kind == "segmentation",
         "privacy_words": summary.privacy_words(run),
@@ -58,7 +64,8 @@ def context(run: Run) -> dict[str, Any]:
     }
 
 
-def _site_figures(run: Run, metric: str | None) -> list[Figure]:
+def _site_figures(run: Run) -> list[Figure]:
+    metric = words.headline_metric(run)
     if metric is None or not curves.ranked(run.federated, metric):
         return []
     label = words.measure(metric).label
@@ -151,3 +158,11 @@ def _orientation(run: Run) -> str | None:
     """Of a volume's axes; None for pictures, whose rows and columns are already upright."""
     image = run.study.image
     return image.orientation if image is not None and image.dimensions == 3 else None
+
+
+GROUPS: Mapping[str, Callable[[Run], list[Figure]]] = {
+    "site_figures": _site_figures,
+    "round_figures": _round_figures,
+    "task_figures": _task_figures,
+    "pictures": _pictures,
+}

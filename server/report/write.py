@@ -6,15 +6,30 @@ import hashlib
 import json
 import re
 from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medfl.common.tensors import write_atomic
 
+if TYPE_CHECKING:
+    from medfl.server.report.page import Figure
 
-def write_report(folder: Path) -> Path:
+
+def draw(folder: Path, groups: Sequence[str]) -> dict[str, list[Figure]]:
+    """Some of the report's groups of figures (`medfl.server.report.page.GROUPS`)."""
+    from medfl.server.report.page import figures
+    from medfl.server.report.run import read_run
+
+    run = read_run(folder)
+    return {group: figures(run, group) for group in groups}
+
+
+def write_report(folder: Path, drawn: Mapping[str, list[Figure]] | None = None) -> Path:
     """Write report.html and model_card.md into `folder`; returns the path of the report.
+
+    drawn: what `draw` has made of the same folder; the rest is drawn here.
 
     A function of the folder's files alone: the same files give the same bytes, so it can be
     repeated at any time.
@@ -29,7 +44,7 @@ def write_report(folder: Path) -> Path:
     from medfl.server.report.run import read_run
 
     run = read_run(folder)
-    page = context(run)
+    page = context(run, drawn)
     card = card_context(run, page)
     report = folder / "report.html"
     write_atomic(report, render_page(page).encode())

@@ -37,6 +37,9 @@ def network(name: str) -> nn.Module:
     from monai.networks.nets.densenet import DenseNet121
 
     module = DenseNet121(spatial_dims=2, in_channels=1, out_channels=1)
+    # A stem for small pictures: 28 x 28 would not be left with a voxel by the usual one.
+    module.features.conv0 = nn.Conv2d(1, 64, 3, padding=1, bias=False)
+    module.features.pool0 = nn.Identity()
     for path, layer in list(module.named_modules()):
         if isinstance(layer, nn.BatchNorm2d):
             parent, _, own = path.rpartition(".")

@@ -213,7 +213,7 @@ while flare.is_running():
     weights = {n.partition(".")[2]: torch.as_tensor(a) for n, a in received.params.items()}
     round_ = received.current_round + 1
     after, cases = images.round_at(found, model, weights, site, round_)
-    params = {f"net.{n}": t.numpy() for n, t in after.items()}
+    params = {f"net.{n}": t for n, t in after.items()}
     flare.send(flare.FLModel(params=params, meta={"NUM_STEPS_CURRENT_ROUND": cases}))
 """
 
@@ -249,11 +249,9 @@ folder = Path(sys.argv[1])
 work = images.Data(folder).work
 model = Start(str(folder))
 model.folder = str(folder)
-job = FedAvgJob("bench", work["sites"], work["rounds"], model)
+job = FedAvgJob(model, work["sites"], work["rounds"], "bench", min_clients=work["sites"])
 for site in range(work["sites"]):
     job.to(ScriptRunner("client.py", str(folder)), f"site-{site + 1}")
-job.to_server("images.py")
-job.to_clients("images.py")
 job.simulator_run(str(folder / "flare"), threads=2)
 (file,) = (folder / "flare").rglob("FL_global_model.pt")
 weights = torch.load(file, weights_only=False)["model"]

@@ -37,24 +37,32 @@ batch_size = {batch}
 local_epochs = 1
 [federation]
 rounds = {rounds}
-min_sites = {sites}
+min_sites = {fewest}
+{sampled}
 [evaluation]
 split = "given"
 [simulation]
 data = {{ format = "medmnist", path = "." }}
 partition = {{ kind = "iid", sites = {sites} }}
 """
-_OPTIONS = {"cnn": "options = { channels = [16, 32, 64], dense = 64 }", "densenet121": ""}
+_OPTIONS = {
+    "cnn": "options = { channels = [16, 32, 64], dense = 64 }",
+    "densenet121": 'options = { stem = "small" }',
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ImageWork:
-    """One size. model: cnn or densenet121. most: images used of the collection, None = all."""
+    """One size. model: cnn or densenet121. most: images used of the collection, None = all.
+
+    sampled: sites asked in each round, None = all; then there is nothing for others to compare.
+    """
 
     model: str
     sites: int
     rounds: int = 3
     most: int | None = None
+    sampled: int | None = None
 
     def __str__(self) -> str:
         return f"{self.model}, {self.sites} sites, {self.rounds} rounds"
@@ -87,6 +95,8 @@ def write(work: ImageWork, collection: dict[str, NDArray[Any]], folder: Path) ->
         batch=BATCH,
         rounds=work.rounds,
         sites=work.sites,
+        fewest=work.sampled or work.sites,
+        sampled=f"sites_per_round = {work.sampled}" if work.sampled else "",
     )
     (folder / "study.toml").write_text(text, encoding="utf-8")
     study = load_study(folder / "study.toml")
