@@ -19,6 +19,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from medfl.client.training.engines.convolution import GHOST, Geometry
+from medfl.client.training.engines.engine import squared_norms
 
 Copies = Mapping[str, Tensor]
 
@@ -40,18 +41,17 @@ class Ghost:
 
     def squared_norms(self) -> Tensor:
         """(B,) float64: ‖∂weight‖² + ‖∂bias‖² of each record (Bu et al. 2022, eq. 2.3)."""
-        g = self.g.flatten(2).mT if self.geometry else self.g[:, None]
-        x = self.geometry.unfolded(self.x, self.shape_of) if self.geometry else self.x[:, None]
-        found = torch.zeros(len(g), dtype=torch.float64, device=g.device)
-        if self.weight and x.shape[1] == 1:
-            found += _squares(x) * _squares(g)
-        elif self.weight:
-            products = torch.bmm(x, x.mT) * torch.bmm(g, g.mT)
+        found = torch.zeros(len(self.g), dtype=torch.float64, device=self.g.device)
+        if self.weight and self.geometry:
+            g = self.g.flatten(2)
+            products = self.geometry.products(self.x, self.shape_of).mul_(torch.bmm(g.mT, g))
             squares = products.sum((1, 2), dtype=torch.float64)
             # Rounding may bring a sum that is nearly zero below it; -inf must not become zero.
             found += torch.where(squares.isfinite(), squares.clamp_min(0), torch.inf)
+        elif self.weight:
+            found += squared_norms(self.x) * squared_norms(self.g)
         if self.bias:
-            found += _squares(g.sum(1))
+            found += squared_norms(self.g.flatten(2).sum(2) if self.geometry else self.g)
         return found
 
     def weighted_sum(self, factors: Tensor) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ class _Convolution(Function):
         (x, weight), (geometry, names, tape) = ctx.saved_tensors, ctx.about
         one = weight[0]
         for_x = geometry.input_gradient(g, x, one) if ctx.needs_input_grad[0] else None
-        if tape.ghostly and geometry.is_ghostly(g, one):
+        if tape.ghostly and geometry.is_ghostly(x, one):
             tape.ghosts.append(Ghost(x.detach(), g, one, geometry, names.weight, names.bias))
             return for_x, None, None, None
         for_weight = geometry.per_record(g, x, one) if ctx.needs_input_grad[1] else None
@@ -245,11 +245,6 @@ def _folded(x: Tensor) -> Tensor:
 def _flat(copies: Copies) -> tuple[Tensor, Tensor | None]:
     bias = copies.get("bias")
     return copies["weight"].reshape(-1), None if bias is None else bias.reshape(-1)
-
-
-def _squares(t: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(t.flatten(1), dim=1)
-    return norms.double() ** 2
 
 
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (
