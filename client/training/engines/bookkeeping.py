@@ -21,7 +21,8 @@ from medfl.client.training.engines.engine import (
     clip_factors,
     squared_norms,
 )
-from medfl.client.training.engines.layers import RULES, Names, Tape, fault
+from medfl.client.training.engines.ghosts import Tape, Units
+from medfl.client.training.engines.layers import RULES, Names, fault
 from medfl.client.training.units import Gradients
 
 # Numbers of a record's gradient of one parameter that are not worth a call of their own.
@@ -45,14 +46,14 @@ class BookKeeping:
         self, inputs: Tensor, targets: Tensor, sizes: Sequence[int], clip: float
     ) -> Gradients:
         """As `Engine.clipped_sum`."""
-        alone = all(size == 1 for size in sizes)
-        tape, copies = Tape(ghostly=alone), self._copies(len(inputs))
+        tape = Tape(Units.of(sizes, inputs.device))
+        copies = self._copies(len(inputs))
         with _replaced(self._layers, copies, tape):
             loss = self._loss_of(self._model(inputs), targets) * len(inputs)
         made = self._differentiated(loss, copies)
         del loss
-        if not alone:
-            made = {name: _means(g, sizes) for name, g in made.items()}
+        if not tape.units.alone:
+            made = {name: tape.units.means(g) for name, g in made.items()}
         return _clipped(made, tape, self._parameters(), clip)
 
     def total(self, inputs: Tensor, targets: Tensor) -> Gradients:
@@ -146,14 +147,6 @@ def _once(path: str, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
     return called
 
 
-def _means(gradient: Tensor, sizes: Sequence[int]) -> Tensor:
-    """(records, *shape) -> (units, *shape)."""
-    counts = torch.tensor(sizes, device=gradient.device)
-    unit = torch.arange(len(sizes), device=gradient.device).repeat_interleave(counts)
-    summed = gradient.new_zeros(len(sizes), *gradient.shape[1:]).index_add_(0, unit, gradient)
-    return summed / counts.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1))
-
-
 @torch.no_grad()
 def _clipped(
     made: Gradients, tape: Tape, parameters: Mapping[str, Tensor], clip: float
@@ -161,7 +154,9 @@ def _clipped(
     """The clipped sum from the gradients that were made and the layers whose were not."""
     summed = {name: torch.zeros_like(p) for name, p in parameters.items()}
     blocks = _in_blocks(made)
-    squares = [squared_norms(b) for b in blocks.values()] + [g.squared_norms() for g in tape.ghosts]
+    squares = [squared_norms(b) for b in blocks.values()] + [
+        g.squared_norms(tape.units) for g in tape.ghosts
+    ]
     if not squares:
         return summed
     factors = clip_factors(torch.stack(squares).sum(dim=0).sqrt(), clip)
@@ -173,8 +168,9 @@ def _clipped(
         total = factors.to(block.dtype) @ block
         parts = torch.split(total, [summed[name].numel() for name in names])
         summed |= {n: p.view(summed[n].shape) for n, p in zip(names, parts, strict=True)}
+    of_records = (factors / tape.units.counts(factors))[tape.units.of_record]
     for ghost in tape.ghosts:
-        summed |= ghost.weighted_sum(factors.to(ghost.g.dtype))
+        summed |= ghost.weighted_sum(of_records.to(ghost.g.dtype))
     return summed
 
 
