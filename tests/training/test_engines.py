@@ -212,6 +212,19 @@ def test_a_record_that_is_not_a_number_leaves_the_others_as_they_are(
             assert norm_of(moved) < 1e-4
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_record_of_a_patient_with_two_costs_nobody_else(value: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    x = torch.tensor([[1.0, -2.0, 0.5, 3.0], [1, 1, 1, 1], [2, 0, 1, -1], [0.1, 0.2, -3, 1]])
+    y, broken = torch.tensor([1.0, 1.0, -2.0, 3.0]), x.clone()
+    broken[1] = value
+    for engine in engines_of(model, mean_output):
+        rest = engine.clipped_sum(x[[0, 3]], y[[0, 3]], [1, 1], 0.5)
+        found = engine.clipped_sum(broken, y, [1, 2, 1], 0.5)
+        for name, gradient in rest.items():
+            torch.testing.assert_close(found[name], gradient)
+
+
 def test_a_sum_over_records_that_are_all_broken_is_zero() -> None:
     model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Flatten(), nn.Linear(64, 3))
     x, y = torch.full((2, 16, 2, 2), float("inf")), torch.ones(2)

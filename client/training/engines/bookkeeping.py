@@ -15,9 +15,18 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from medfl.client.training.engines.engine import Loss, NotCoveredError, clip_factors
-from medfl.client.training.engines.layers import RULES, Names, Tape, fault
+from medfl.client.training.engines.engine import (
+    Loss,
+    NotCoveredError,
+    clip_factors,
+    squared_norms,
+)
+from medfl.client.training.engines.ghosts import Tape, Units
+from medfl.client.training.engines.layers import RULES, Names, fault
 from medfl.client.training.units import Gradients
+
+# Numbers of a record's gradient of one parameter that are not worth a call of their own.
+SMALL = 2**12
 
 
 class BookKeeping:
@@ -37,15 +46,15 @@ class BookKeeping:
         self, inputs: Tensor, targets: Tensor, sizes: Sequence[int], clip: float
     ) -> Gradients:
         """As `Engine.clipped_sum`."""
-        alone = all(size == 1 for size in sizes)
-        tape, copies = Tape(ghostly=alone), self._copies(len(inputs))
+        tape = Tape(Units.of(sizes, inputs.device))
+        copies = self._copies(len(inputs))
         with _replaced(self._layers, copies, tape):
             loss = self._loss_of(self._model(inputs), targets) * len(inputs)
         made = self._differentiated(loss, copies)
         del loss
-        if not alone:
-            made = {name: _means(g, sizes) for name, g in made.items()}
-        return _clipped(made, tape, self._parameters(), clip, len(sizes))
+        if not tape.units.alone:
+            made = {name: tape.units.means(g) for name, g in made.items()}
+        return _clipped(made, tape, self._parameters(), clip)
 
     def total(self, inputs: Tensor, targets: Tensor) -> Gradients:
         """As `Engine.total`: nothing is clipped, so a plain backward pass does."""
@@ -138,34 +147,45 @@ def _once(path: str, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
     return called
 
 
-def _means(gradient: Tensor, sizes: Sequence[int]) -> Tensor:
-    """(records, *shape) -> (units, *shape)."""
-    counts = torch.tensor(sizes, device=gradient.device)
-    unit = torch.arange(len(sizes), device=gradient.device).repeat_interleave(counts)
-    summed = gradient.new_zeros(len(sizes), *gradient.shape[1:]).index_add_(0, unit, gradient)
-    return summed / counts.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1))
-
-
 @torch.no_grad()
 def _clipped(
-    made: Gradients, tape: Tape, parameters: Mapping[str, Tensor], clip: float, units: int
+    made: Gradients, tape: Tape, parameters: Mapping[str, Tensor], clip: float
 ) -> Gradients:
     """The clipped sum from the gradients that were made and the layers whose were not."""
-    first = next(iter(parameters.values()))
-    squares = torch.zeros(units, dtype=torch.float64, device=first.device)
-    for gradient in made.values():
-        squares += torch.linalg.vector_norm(gradient.flatten(1), dim=1).double() ** 2
-    for ghost in tape.ghosts:
-        squares += ghost.squared_norms()
-    factors = clip_factors(squares.sqrt(), clip)
+    summed = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    blocks = _in_blocks(made)
+    squares = [squared_norms(b) for b in blocks.values()] + [
+        g.squared_norms(tape.units) for g in tape.ghosts
+    ]
+    if not squares:
+        return summed
+    factors = clip_factors(torch.stack(squares).sum(dim=0).sqrt(), clip)
     bad = factors == 0
     any_bad = bool(bad.any())
-    factors = factors.to(first.dtype)
-    summed = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    for name, gradient in made.items():
+    for names, block in blocks.items():
         if any_bad:
-            gradient[bad] = 0.0
-        summed[name] = torch.tensordot(factors, gradient, dims=1)
+            block[bad] = 0.0
+        total = factors.to(block.dtype) @ block
+        parts = torch.split(total, [summed[name].numel() for name in names])
+        summed |= {n: p.view(summed[n].shape) for n, p in zip(names, parts, strict=True)}
+    of_records = (factors / tape.units.counts(factors))[tape.units.of_record]
     for ghost in tape.ghosts:
-        summed |= ghost.weighted_sum(factors)
+        summed |= ghost.weighted_sum(of_records.to(ghost.g.dtype))
     return summed
+
+
+def _in_blocks(made: Gradients) -> dict[tuple[str, ...], Tensor]:
+    """(units, numbers) by the names in it: many small gradients together, large ones alone.
+
+    A normalisation layer's few numbers cost more in calls than in arithmetic.
+    """
+    blocks: dict[tuple[str, ...], Tensor] = {}
+    small = []
+    for name, gradient in made.items():
+        if gradient[0].numel() <= SMALL:
+            small.append(name)
+        else:
+            blocks[(name,)] = gradient.flatten(1)
+    if small:
+        blocks[tuple(small)] = torch.cat([made[name].flatten(1) for name in small], dim=1)
+    return blocks

@@ -1,7 +1,7 @@
 """Which engine a model gets: by what it is made of, never by the clock.
 
 A choice by timing would differ between two processes of one simulation and change the last bits;
-book-keeping was the faster one for every model of the catalogue, so there is nothing to time.
+book-keeping was the faster one wherever both were measured (docs/dp-speed.md), so nothing is timed.
 """
 
 from __future__ import annotations

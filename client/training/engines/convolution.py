@@ -8,6 +8,7 @@ x (B, Ci, *in), g (B, Co, *out) the gradient of the output, weight (Co, Ci / gro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 import torch
@@ -17,8 +18,9 @@ from torch.nn import functional
 # Per-record gradients in one grouped convolution: about as many numbers as a core's second cache
 # holds, beyond which oneDNN's time per record rises steeply; but some records at least.
 GROUPED_NUMBERS, GROUPED_RECORDS = 2**18, 4
-# The T x T products of a ghost norm pay where GHOST · T² is at most the number of weights.
-GHOST = 24
+# The T x T products of a ghost norm pay where GHOST · T² is at most the number of weights, T the
+# voxels of the larger map.
+GHOST = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ class Geometry:
 
     def per_record(self, g: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """(B, *weight): the records become groups of one convolution, some at a time."""
-        if self.pointwise(weight) or self.is_ghostly(g, weight):
+        unfolds = self.is_ghostly(x, weight) and set(self.dilation) == {1}
+        if unfolds or self.pointwise(weight):
             return torch.bmm(g.flatten(2), self.unfolded(x, weight)).view(len(x), *weight.shape)
         at_once = max(GROUPED_RECORDS, GROUPED_NUMBERS // weight.numel())
         parts = [
@@ -71,10 +74,40 @@ class Geometry:
         plain = set(self.stride) == {1} and not any(self.padding)
         return plain and prod(weight.shape[2:]) == 1 and self.groups == 1 and not self.transposed
 
-    def is_ghostly(self, g: Tensor, weight: Tensor) -> bool:
+    def is_ghostly(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the map is so small that the norm is cheaper without the gradient."""
-        unfolds = not self.transposed and self.groups == 1 and set(self.dilation) == {1}
-        return unfolds and GHOST * prod(g.shape[2:]) ** 2 <= weight.numel()
+        voxels = max(prod(x.shape[2:]), prod(self._out(x, weight)))
+        return not self.transposed and self.groups == 1 and GHOST * voxels**2 <= weight.numel()
+
+    def products(self, x: Tensor, weight: Tensor) -> Tensor:
+        """(B, T, T): of what two output voxels read, for all pairs of the T.
+
+        From the products of single input voxels, shifted by each place of the kernel and added up;
+        nothing is unfolded.
+        """
+        flat = x.flatten(2)
+        single = torch.bmm(flat.mT, flat)
+        if self.pointwise(weight):
+            return single
+        out = self._out(x, weight)
+        sides = [p for p in reversed(self.padding) for _ in (0, 1)]
+        single = functional.pad(single.view(len(x), *x.shape[2:], *x.shape[2:]), 2 * sides)
+        total = single.new_zeros(len(x), *out, *out)
+        for place in product(*map(range, weight.shape[2:])):
+            first = [p * d for p, d in zip(place, self.dilation, strict=True)]
+            read = [
+                slice(f, f + (n - 1) * s + 1, s)
+                for f, n, s in zip(first, out, self.stride, strict=True)
+            ]
+            total += single[(slice(None), *read, *read)]
+        return total.view(len(x), prod(out), prod(out))
+
+    def _out(self, x: Tensor, weight: Tensor) -> list[int]:
+        """Sides of the output, where not transposed."""
+        sides = zip(
+            x.shape[2:], self.padding, self.dilation, weight.shape[2:], self.stride, strict=True
+        )
+        return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sides]
 
     def unfolded(self, x: Tensor, weight: Tensor) -> Tensor:
         """(B, T, Ci · kernel): what each of the T output voxels reads; dilation 1, one group."""

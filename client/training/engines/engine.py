@@ -45,3 +45,9 @@ def clip_factors(norms: Tensor, clip: float) -> Tensor:
     """
     # clip / max(norm, clip) is min(1, clip / norm) without a division by zero.
     return torch.where(torch.isfinite(norms), clip / norms.clamp_min(clip), 0.0)
+
+
+def squared_norms(t: Tensor) -> Tensor:
+    """(n, ...) -> (n,) float64."""
+    norms: Tensor = torch.linalg.vector_norm(t.flatten(1), dim=1)
+    return norms.double() ** 2

@@ -10,7 +10,7 @@ what its norm and the clipped sum need (`Ghost`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,64 +19,9 @@ from torch.autograd import Function
 from torch.nn import functional
 
 from medfl.client.training.engines.convolution import GHOST, Geometry
+from medfl.client.training.engines.ghosts import Ghost, Tape
 
 Copies = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Ghost:
-    """A layer whose records' gradients are not made. x: its input, g: its output's gradient.
-
-    geometry: None for a linear layer, whose x is (B, I) and g (B, O). weight, bias: the layer's
-    names of those that are trained; "" for one that is not.
-    """
-
-    x: Tensor
-    g: Tensor
-    shape_of: Tensor
-    geometry: Geometry | None
-    weight: str
-    bias: str
-
-    def squared_norms(self) -> Tensor:
-        """(B,) float64: ‖∂weight‖² + ‖∂bias‖² of each record (Bu et al. 2022, eq. 2.3)."""
-        g = self.g.flatten(2).mT if self.geometry else self.g[:, None]
-        x = self.geometry.unfolded(self.x, self.shape_of) if self.geometry else self.x[:, None]
-        found = torch.zeros(len(g), dtype=torch.float64, device=g.device)
-        if self.weight and x.shape[1] == 1:
-            found += _squares(x) * _squares(g)
-        elif self.weight:
-            products = torch.bmm(x, x.mT) * torch.bmm(g, g.mT)
-            squares = products.sum((1, 2), dtype=torch.float64)
-            # Rounding may bring a sum that is nearly zero below it; -inf must not become zero.
-            found += torch.where(squares.isfinite(), squares.clamp_min(0), torch.inf)
-        if self.bias:
-            found += _squares(g.sum(1))
-        return found
-
-    def weighted_sum(self, factors: Tensor) -> dict[str, Tensor]:
-        """Σ factor · gradient: the weight gradient of a plain step, of scaled output gradients."""
-        keep = factors > 0
-        x, g = self.x, self.g * _beside(factors, self.g)
-        if not bool(keep.all()):
-            # 0 · inf is not a number, so such records become zeros altogether.
-            x, g = torch.where(_beside(keep, x), x, 0), torch.where(_beside(keep, g), g, 0)
-        found = {}
-        if self.weight and self.geometry:
-            found[self.weight] = self.geometry.weight_gradient(g, x, self.shape_of)
-        elif self.weight:
-            found[self.weight] = g.mT @ x
-        if self.bias:
-            found[self.bias] = g.sum([0, *range(2, g.ndim)])
-        return found
-
-
-@dataclass(slots=True)
-class Tape:
-    """What one pass leaves beside the gradients. ghostly: ghosts are allowed at all."""
-
-    ghostly: bool
-    ghosts: list[Ghost] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +48,7 @@ class _Linear(Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (names, tape) = ctx.saved_tensors, ctx.about
         for_x = g @ weight[0] if ctx.needs_input_grad[0] else None
-        if tape.ghostly and x.ndim == 2 and weight[0].numel() >= GHOST:
+        if x.ndim == 2 and weight[0].numel() >= GHOST:
             tape.ghosts.append(Ghost(x.detach(), g, weight[0], None, names.weight, names.bias))
             return for_x, None, None, None
         rows = g.reshape(len(g), -1, g.shape[-1])
@@ -130,7 +75,7 @@ class _Convolution(Function):
         (x, weight), (geometry, names, tape) = ctx.saved_tensors, ctx.about
         one = weight[0]
         for_x = geometry.input_gradient(g, x, one) if ctx.needs_input_grad[0] else None
-        if tape.ghostly and geometry.is_ghostly(g, one):
+        if tape.units.alone and geometry.is_ghostly(x, one):
             tape.ghosts.append(Ghost(x.detach(), g, one, geometry, names.weight, names.bias))
             return for_x, None, None, None
         for_weight = geometry.per_record(g, x, one) if ctx.needs_input_grad[1] else None
@@ -228,10 +173,6 @@ def _apply(function: type[Function], *arguments: Any) -> Tensor:
     return found
 
 
-def _beside(one_each: Tensor, t: Tensor) -> Tensor:
-    return one_each.view(-1, *[1] * (t.ndim - 1))
-
-
 def _unfolded(t: Tensor, x: Tensor) -> Tensor:
     # Not a view, which would have to be copied where a residual block adds to it in place.
     found: Tensor = torch.ops.aten._unsafe_view(t, x.shape)
@@ -245,11 +186,6 @@ def _folded(x: Tensor) -> Tensor:
 def _flat(copies: Copies) -> tuple[Tensor, Tensor | None]:
     bias = copies.get("bias")
     return copies["weight"].reshape(-1), None if bias is None else bias.reshape(-1)
-
-
-def _squares(t: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(t.flatten(1), dim=1)
-    return norms.double() ** 2
 
 
 _CONVOLUTIONS: tuple[type[nn.Module], ...] = (
