@@ -145,13 +145,14 @@ class ConnectedSites:
             else:
                 try:
                     never = partial(self._never_whole, site, message_id, end)
-                    got = self._received(message_id, asked, never)
+                    got = self._received(site, message_id, asked, never)
                 except Malformed as error:
                     log.warning("round=%d site=%s: %s", asked.round, site, error)
                     return Reply(site=site, round=asked.round, refusal="malformed answer")
                 if isinstance(got, RecordDict):
                     return self._checked(site, asked, got)
                 if got is _GONE:
+                    log.warning("round=%d site=%s: no whole answer; asked again", asked.round, site)
                     message_id = None
             if self._is_given_up(site) or time.monotonic() >= end:
                 why = _AWAY if self._roster.away_s(site) else _LATE
@@ -172,7 +173,7 @@ class ConnectedSites:
         )
 
     def _received(
-        self, message_id: str, asked: Instruction, never: Callable[[], bool]
+        self, site: str, message_id: str, asked: Instruction, never: Callable[[], bool]
     ) -> RecordDict | object | None:
         # The engine's, with a database: half a second that a simulation does not need.
         from medfl.server.link import UploadBroken
@@ -180,9 +181,13 @@ class ConnectedSites:
         sent = sum(a.nbytes for group in (asked.weights, asked.control) for a in group.values())
         try:
             got = self._run.receive(message_id, 2 * sent + _MAX_REST, never)
-        except UploadBroken:
+        except UploadBroken as error:
+            log.info("%s: %s", site, error)
             return _GONE
-        return _GONE if isinstance(got, Error) else got
+        if isinstance(got, Error):
+            log.info("%s: Flower's error %d", site, got.code)
+            return _GONE
+        return got
 
     def _checked(self, site: str, asked: Instruction, record: RecordDict) -> Reply:
         """The reply, if the hospital speaks for itself and about what it was asked."""

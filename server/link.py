@@ -179,12 +179,11 @@ def _patient(fetch: Callable[[str], bytes], given_up: Callable[[], bool]) -> Cal
                 return fetch(object_id)
             except ObjectUnavailableError:
                 if given_up():
-                    break
+                    raise UploadBroken("a part of its answer will not come") from None
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, 0.3)
             except ObjectPullError:
-                break
-        raise UploadBroken("A hospital's answer did not arrive whole.")
+                raise UploadBroken("the engine has lost a part of its answer") from None
 
     return patient
 
