@@ -53,7 +53,7 @@ def exchange(home: Home, line: Line, ledger: Ledger) -> None:
     shown = ShowHead(own=own, seen=countersigned, ledger=spent)
     answer = line.call("Heads", shown, HeadSeen)
     _check(answer, shown, them, enrolment)
-    if last is not None and answer.own.n <= last.n:
+    if last is not None and not _goes_on(last, answer):
         _notice(home, RolledBack("the coordinator", last.n, answer.own.n))
     knew = answer.knew
     if knew is not None and heads.is_witnessed(public_of(key), knew):
@@ -64,6 +64,17 @@ def exchange(home: Home, line: Line, ledger: Ledger) -> None:
     if answer.ledger is not None:
         save_record(home.folder / "ledger_countersigned.json", answer.ledger)
     home.record("head of the coordinator", lines=answer.own.n, hash=answer.own.hash)
+
+
+def _goes_on(last: Witness, answer: HeadSeen) -> bool:
+    """Whether the coordinator's log is longer than it was and still has the line shown last.
+
+    One that was put back may have grown past that line since. What it says of the line is signed,
+    and its log shows whether it is true.
+    """
+    then = answer.then
+    same = then is not None and (then.n, then.hash) == (last.n, last.hash)
+    return same and answer.own.n > last.n
 
 
 def is_behind(home: Home, lines: int) -> bool:
@@ -181,11 +192,10 @@ def _label(enrolment: Enrolment, n: int) -> str:
 def _check(answer: HeadSeen, shown: ShowHead, them: str, enrolment: Enrolment) -> None:
     public, own = enrolment.coordinator_key, answer.own
     pairs = [(shown.own, answer.seen), (shown.ledger, answer.ledger)]
-    right = (
-        own.of == own.by == them
-        and heads.is_witnessed(public, own)
-        and all(_countersigns(public, them, mine, theirs) for mine, theirs in pairs)
-    )
+    right = all(
+        one.of == one.by == them and heads.is_witnessed(public, one)
+        for one in (own, *([] if answer.then is None else [answer.then]))
+    ) and all(_countersigns(public, them, mine, theirs) for mine, theirs in pairs)
     if not right:
         raise FederationError("The coordinator's signature under a head is not right.")
 

@@ -167,6 +167,7 @@ class ShowHead:
 class HeadSeen:
     """own: the coordinator's signed head. seen, ledger: its signatures under the site's.
 
+    then: its signed word of the line that it showed the site last, as its log has it now.
     knew: the site's head before, as the site signed it: a site whose log was put back sees it here.
     """
 
@@ -174,6 +175,7 @@ class HeadSeen:
     own: Witness
     seen: Witness
     ledger: Witness | None = None
+    then: Witness | None = None
     knew: Witness | None = None
 
 

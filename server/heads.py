@@ -45,10 +45,15 @@ def exchange(federation: Federation, site: SiteRecord, shown: ShowHead) -> HeadS
     def countersigned(seen: Witness) -> Witness:
         return heads.witness(key, seen.of, federation.title, Head(seen.n, seen.hash), now)
 
+    then = None
+    if shown.seen is not None:
+        line = Head(shown.seen.n, federation.audit.hash_at(shown.seen.n))
+        then = heads.witness(key, federation.title, federation.title, line, now)
     return HeadSeen(
         own=heads.witness(key, federation.title, federation.title, head, now),
         seen=countersigned(own),
         ledger=None if ledger is None else countersigned(ledger),
+        then=then,
         knew=knew,
     )
 

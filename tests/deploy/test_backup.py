@@ -23,7 +23,7 @@ from medfl.common.kept import save_record
 from medfl.common.signing import new_key
 from medfl.common.site import load_site
 
-from .conftest import World, write_hospital
+from .conftest import World, until, write_hospital
 
 
 def charge(round_: int) -> Charge:
@@ -177,10 +177,20 @@ def test_both_sides_are_put_back_from_backups_and_go_on(world: World) -> None:
         assert (made["state"], made["sites"]) == ("done", ["north"])
         return dict(made)
 
+    def shown() -> int:
+        """The line of the coordinator's log that the hospital was shown last."""
+        return int(json.loads((home / "state" / "coordinator_head.json").read_bytes())["n"])
+
+    def lines() -> int:
+        return len((world.fed / "audit.jsonl").read_bytes().splitlines())
+
     first = run()
+    until(lambda: shown() == lines())
+    kept = lines()
     world.says("server", "backup", str(world.folder / "fed.tar"))
     world.says("client", "backup", str(world.folder / "north.tar"), *options)
     second = run()
+    until(lambda: shown() > kept)  # of what nobody was shown, nobody can miss anything
 
     # The coordinator's disk is gone.
     world.end(server, signal.SIGKILL)

@@ -119,7 +119,7 @@ def test_a_misspelt_setting_is_named(world: World, seen: Seen, tmp_path: Path) -
         (toml, before + "workerz = 3\n", ("server", "status", *folder), "workerz"),
         (
             toml,
-            before.replace("workers = 64", 'workers = "64"'),
+            before.replace("workers = 512", 'workers = "512"'),
             ("server", "status", *folder),
             "workers",
         ),

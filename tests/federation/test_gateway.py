@@ -537,6 +537,24 @@ def test_a_log_that_was_rolled_back_is_refused_by_the_other_side(world: World) -
             witness.accept(home)
 
 
+def test_a_coordinator_that_was_put_back_and_has_grown_past_the_hospitals_line_is_noticed(
+    world: World,
+) -> None:
+    home = world.joined("a")
+    with enrolment.line_to(home) as line:
+        witness.exchange(home, line, no_ledger(home))
+        theirs = world.federation.audit.path
+        early = theirs.read_bytes()
+        world.federation.record("a round")
+        witness.exchange(home, line, no_ledger(home))
+        theirs.write_bytes(early)
+        (world.federation.state / "heads" / "a.json").unlink()
+        for _ in range(9):
+            world.federation.record("grows")
+        with pytest.raises(LogRolledBack, match="or another line there"):
+            witness.exchange(home, line, no_ledger(home))
+
+
 def test_a_hospital_that_was_put_back_and_has_grown_since_notices_by_itself(world: World) -> None:
     """As after a snapshot of a virtual machine: longer than the coordinator knows, and another."""
     home = world.joined("a")
