@@ -192,9 +192,9 @@ class Node:
         self._forwarder.heard = time.monotonic()
         # What the one before it held is lost with it.
         self._shelf.sweep(all_of_it=True)
-        port, shelf = self.address.rsplit(":", 1)[1], str(self._shelf.folder)
+        told = self._superlink, self.address.rsplit(":", 1)[1], str(self._shelf.folder)
         return Launch(
-            command=[sys.executable, "-m", "medfl.client.supernode", self._superlink, port, shelf],
+            command=[sys.executable, "-P", "-m", "medfl.client.supernode", *told],
             env={
                 "FLWR_HOME": str(self._folder / "flwr"),
                 "FLWR_TELEMETRY_ENABLED": "0",

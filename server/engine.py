@@ -175,7 +175,7 @@ class Engine:
         if self._listener is None:
             raise FederationError("The engine has no port; call start().")
         return Launch(
-            command=[sys.executable, "-m", "medfl.server.superlink"],
+            command=[sys.executable, "-P", "-m", "medfl.server.superlink"],
             env={
                 **QUIET,
                 "FLWR_HOME": str(self.folder / "flwr"),

@@ -73,7 +73,8 @@ def _take() -> subprocess.Popen[bytes]:
             if child.poll() is None:
                 return child
             _end(child)
-    command = [sys.executable, "-W", "ignore", "-m", "medfl.client.readers.dicom_worker"]
+    # -P: a folder in the current one must not stand in for a library.
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "medfl.client.readers.dicom_worker"]
     return subprocess.Popen(
         [*command, str(MEMORY_BYTES)],
         stdin=subprocess.PIPE,

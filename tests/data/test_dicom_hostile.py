@@ -233,3 +233,18 @@ def test_a_reader_cannot_use_more_memory_than_its_limit(
     with pytest.raises(CaseError, match="dicom_worker"):
         READERS["dicom"].load(found.cases[0], planes)
     sandbox.close()
+
+
+def test_a_file_in_the_current_folder_does_not_stand_in_for_a_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts a command may stand in a folder that others fill."""
+    (tmp_path / "pydicom.py").write_text("open('ran', 'w').close(); raise SystemExit(3)")
+    sandbox.close()
+    monkeypatch.chdir(tmp_path)
+    try:
+        answer = sandbox.ask({"command": "headers", "files": []}, timeout_s=60.0)
+    finally:
+        sandbox.close()
+    assert not (tmp_path / "ran").exists()
+    assert answer.array is None
