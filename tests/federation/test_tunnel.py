@@ -96,6 +96,9 @@ class SuperLinkStandIn:
                 200,
                 fleet_pb2.ActivateNodeResponse(node_id=11).SerializeToString(),
             )
+        if name == "send-node-heartbeat":
+            known = heartbeat_pb2.SendNodeHeartbeatResponse(success=True).SerializeToString()
+            return lambda body: (200, known)
         return lambda body: (200, b"")
 
     def names(self) -> list[str]:
@@ -427,6 +430,11 @@ def test_a_heartbeat_that_fails_may_be_repeated(line, superlink) -> None:
     assert post(address, "send-node-heartbeat", body)[0] == 200
     superlink.plan["send-node-heartbeat"] = lambda body: (412, b"")
     assert post(address, "send-node-heartbeat", body)[0] == 503
+    # Either of these would end the SuperNode's heartbeats for good.
+    superlink.plan["send-node-heartbeat"] = lambda body: (200, b"\xff\xfe no protobuf")
+    assert post(address, "send-node-heartbeat", body)[0] == 503
+    superlink.plan["send-node-heartbeat"] = lambda body: (200, b"")  # success = false
+    assert post(address, "send-node-heartbeat", body)[0] == 401
     far.stop()
     started = time.monotonic()
     assert post(address, "send-node-heartbeat", body)[0] == 503
