@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from medfl.client.heartbeat import survivable
 from medfl.client.objects import shelved, unshelved
 from medfl.common import tunnel
 from medfl.common.errors import FederationError
@@ -115,7 +114,7 @@ class Forwarder:
         while not self.stopping.is_set() and time.monotonic() - started < patience_s:
             answer = self._once(call, started + patience_s - time.monotonic(), tick)
             if answer is not None and answer.status == 200 and path == tunnel.HEARTBEAT:
-                answer = _heartbeat(answer)
+                answer = survivable(answer)
             if answer is not None and answer.status in _UNDERSTOOD:
                 if path == tunnel.PULL and answer.body:
                     self._fetch.begin()
@@ -158,19 +157,6 @@ class Forwarder:
             return None
         finally:
             asked.cancel()
-
-
-def _heartbeat(answer: Answer) -> Answer:
-    """The answer to a heartbeat in a form that the SuperNode survives.
-
-    Its heartbeats end for good, and silently, at an answer that is none or says that it is not
-    known; from then on the SuperLink takes it for gone. 503: it tries again. 401: it starts anew.
-    """
-    try:
-        known = SendNodeHeartbeatResponse.FromString(answer.body).success
-    except DecodeError:
-        return Answer(503)
-    return answer if known else Answer(401)
 
 
 class _Fetch:

@@ -35,6 +35,7 @@ SPEAK_TO_FLOWER = {
     "common/flower_objects.py",
     "common/flower_records.py",
     "client/flower.py",
+    "client/heartbeat.py",
     "client/objects.py",
     "client/supernode.py",
     "client/tasks.py",
