@@ -6,7 +6,7 @@ terms meet it: its epsilon per its own unit, the hospital's budget, and the nois
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,7 +25,7 @@ from medfl.common import accounting
 from medfl.common.errors import BudgetSpent, PolicyRefused
 from medfl.common.messages import Part
 from medfl.common.site import SitePrivacy
-from medfl.common.study import Study, unprotected
+from medfl.common.study import Study, unprotected_anywhere
 
 Purpose = Literal["training", "validation", "test"]
 
@@ -101,18 +101,11 @@ def refuse_unprotected(study: Study) -> None:
     Raises:
         PolicyRefused: with the keys of the study that read records outside of the training.
     """
-    if keys := list(_unprotected(study)):
+    if keys := unprotected_anywhere(study):
         raise PolicyRefused(
             "This site trains under differential privacy, and the study computes something from "
             f"its records without noise: {'; '.join(keys)}"
         )
-
-
-def _unprotected(study: Study) -> Iterator[str]:
-    if study.record is not None and study.record.scale == "site":
-        # The hospital's own means shape what its updates say.
-        yield 'record.scale (write "range", with a range for each number)'
-    yield from unprotected(study)
 
 
 def dp_plan(study: Study, terms: Terms) -> tuple[DpPlan, int]:

@@ -158,7 +158,9 @@ def know_ledger(home: Home, ledger: Ledger) -> None:
     A ledger that was put back is not taken for the new one, also where a refusal is sealed.
     """
     known, head = load_record(_known_file(home), LedgerHead), ledger.head()
-    if head.lines and (known is None or ledger.noticed(known) is None):
+    if head == known or not head.lines:
+        return
+    if known is None or ledger.noticed(known) is None:
         save_record(_known_file(home), head)
 
 

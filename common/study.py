@@ -517,14 +517,10 @@ def _privacy_faults(study: Study) -> list[str]:
             )
     if privacy.metrics_epsilon is not None and study.task.multi_label:
         faults.append("privacy.metrics_epsilon: is not for multi_label tasks yet; remove it")
-    open_ones = unprotected(study)
-    if study.record is not None and study.record.scale == "site":
-        # The hospital's own means shape what its updates say.
-        open_ones.append('record.scale (write "range", with a range for each number)')
     return faults + [
         f"privacy: {key}; without that it is computed from the records with no noise, and each "
         "private hospital refuses"
-        for key in open_ones
+        for key in unprotected_anywhere(study)
     ]
 
 
@@ -562,6 +558,13 @@ def unprotected(study: Study) -> list[str]:
     if study.training.loss == "weighted_cross_entropy" and study.training.class_weights is None:
         found.append("training.class_weights (write them)")
     return found
+
+
+def unprotected_anywhere(study: Study) -> list[str]:
+    """`unprotected`, and what a hospital computes for itself alone: its updates show that too."""
+    own = study.record is not None and study.record.scale == "site"
+    key = 'record.scale (write "range", with a range for each number)'
+    return [*([key] if own else []), *unprotected(study)]
 
 
 def _site_privacy_faults(study: Study) -> list[str]:

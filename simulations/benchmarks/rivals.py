@@ -20,6 +20,7 @@ import medfl
 from medfl.common.errors import FederationError
 from medfl.simulations.benchmarks.plain import Weights
 from medfl.simulations.benchmarks.processes import Processes, end_all, free_port, wait
+from medfl.simulations.benchmarks.stock import write_app
 from medfl.simulations.cli import default_cache
 
 # Trains as the files of a folder say, and returns the final model. Raises FederationError.
@@ -81,21 +82,6 @@ def model_of(file: Path) -> Weights:
     with np.load(file) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
-
-_PROJECT = """
-[project]
-name = "sim-bench"
-version = "1.0.0"
-license = "Apache-2.0"
-dependencies = []
-[tool.flwr.app]
-publisher = "bench"
-[tool.flwr.app.components]
-serverapp = "sim.server:app"
-clientapp = "sim.client:app"
-[tool.flwr.app.config]
-folder = ""
-"""
 
 _CLIENT = """
 import functools
@@ -165,11 +151,8 @@ def flower(python: Path, folder: Path) -> Weights:
     app, home = folder / "sim-bench", folder / "flwr-home"
     for old in (app, home):
         shutil.rmtree(old, ignore_errors=True)
-    (app / "sim").mkdir(parents=True)
+    write_app(app, "sim", 'folder = ""', _CLIENT, _SERVER)
     home.mkdir()
-    (app / "pyproject.toml").write_text(_PROJECT)
-    for name, text in (("__init__", ""), ("client", _CLIENT), ("server", _SERVER)):
-        (app / "sim" / f"{name}.py").write_text(text)
     shutil.copyfile(Path(__file__).with_name("images.py"), app / "sim" / "images.py")
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     env = {

@@ -16,21 +16,20 @@ from medfl.simulations.benchmarks.processes import Processes, end_all, free_port
 
 _PROJECT = """
 [project]
-name = "stock-bench"
+name = "{name}"
 version = "1.0.0"
 license = "Apache-2.0"
 dependencies = []
 [tool.flwr.app]
 publisher = "bench"
 [tool.flwr.app.components]
-serverapp = "stock.server:app"
-clientapp = "stock.client:app"
+serverapp = "{package}.server:app"
+clientapp = "{package}.client:app"
 [tool.flwr.app.config]
-out = ""
-first = ""
-rounds = 1
-sites = 2
+{config}
 """
+
+_CONFIG = 'out = ""\nfirst = ""\nrounds = 1\nsites = 2'
 
 _CLIENT = """
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -88,16 +87,22 @@ def main(grid, context):
 """
 
 
+def write_app(app: Path, package: str, config: str, client: str, server: str) -> None:
+    """Write a Flower app: config is its `[tool.flwr.app.config]`, the others its two modules."""
+    (app / package).mkdir(parents=True)
+    project = _PROJECT.format(name=app.name, package=package, config=config)
+    (app / "pyproject.toml").write_text(project)
+    for name, text in (("__init__", ""), ("client", client), ("server", server)):
+        (app / package / f"{name}.py").write_text(text)
+
+
 class Stock:
     """A SuperLink and its SuperNodes, from `start` to `end`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._app = folder / "stock-bench"
-        (self._app / "stock").mkdir(parents=True)
-        (self._app / "pyproject.toml").write_text(_PROJECT)
-        for name, text in (("__init__", ""), ("client", _CLIENT), ("server", _SERVER)):
-            (self._app / "stock" / f"{name}.py").write_text(text)
+        write_app(self._app, "stock", _CONFIG, _CLIENT, _SERVER)
         home = folder / "flwr-home"
         home.mkdir()
         self._address = f"127.0.0.1:{free_port()}"

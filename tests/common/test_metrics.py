@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,6 +200,16 @@ def test_the_mean_over_sites_leaves_out_sites_that_have_no_value() -> None:
     assert mean_over_sites([]) == {}
 
 
+def made_up(task: Task, generator: np.random.Generator, n: int) -> tuple[Any, Any]:
+    """Targets and probabilities of n cases; tenths, so that ties are common."""
+    classes = len(task.classes)
+    if task.multi_label:
+        target = generator.integers(0, 2, (n, classes)).astype(np.float32)
+    else:
+        target = generator.integers(0, classes, n)
+    return target, generator.integers(0, 11, (n, 1 if task is BINARY else classes)) / 10
+
+
 @pytest.mark.parametrize("task", [BINARY, THREE, LABELS])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
@@ -207,13 +218,7 @@ def test_weighting_a_case_is_the_same_as_having_it_more_than_once(
 ) -> None:
     n = data.draw(st.integers(2, 12))
     generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    classes = len(task.classes)
-    if task.multi_label:
-        target = generator.integers(0, 2, (n, classes)).astype(np.float32)
-    else:
-        target = generator.integers(0, classes, n)
-    # Tenths, so that ties are common.
-    probability = generator.integers(0, 11, (n, 1 if task is BINARY else classes)) / 10
+    target, probability = made_up(task, generator, n)
     times = generator.integers(0, 4, n)
     cases, repeated = scored(target, probability), np.repeat(np.arange(n), times)
     written_out = scored(target[repeated], probability[repeated])
@@ -230,13 +235,7 @@ def test_metrics_are_those_of_scikit_learn(task: Task, data: st.DataObject) -> N
 
     n = data.draw(st.integers(2, 40))
     generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
-    classes = len(task.classes)
-    if task.multi_label:
-        target = generator.integers(0, 2, (n, classes)).astype(np.float32)
-    else:
-        target = generator.integers(0, classes, n)
-    # Tenths, so that ties are common.
-    probability = generator.integers(0, 11, (n, 1 if task is BINARY else classes)) / 10
+    target, probability = made_up(task, generator, n)
     told = summarise(task, scored(target, probability), known_metrics(task))
     if task is THREE:
         truth = target[:, None] == np.arange(3)

@@ -105,14 +105,18 @@ def test_one_collection_is_divided_and_nobody_shares_a_patient(
     assert len(keys) == 33
 
 
-def test_the_least_used_hospitals_are_closed_where_they_hold_many_cases(
-    write_study: Write, write_hospital: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def twelve_hospitals(write_study: Write, write_hospital: Write, folder: Path) -> SimulatedRun:
     data = write_hospital("h00")
     for i in range(1, 12):
         write_hospital(f"h{i:02d}")
     study = load_study(write_study())
-    run = SimulatedRun("main", study, find_hospitals(study, data, tmp_path), tmp_path / "out")
+    return SimulatedRun("main", study, find_hospitals(study, data, folder), folder / "out")
+
+
+def test_the_least_used_hospitals_are_closed_where_they_hold_many_cases(
+    write_study: Write, write_hospital: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = twelve_hospitals(write_study, write_hospital, tmp_path)
     opened = OpenHospitals({1: run, 2: replace(run, name="other")})
     first = opened.find(1, 1)
     for node in range(2, OPEN_HOSPITALS + 3):
@@ -132,11 +136,7 @@ def test_the_least_used_hospitals_are_closed_where_they_hold_many_cases(
 def test_no_more_hospitals_are_open_than_a_process_may_have_files(
     write_study: Write, write_hospital: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = write_hospital("h00")
-    for i in range(1, 12):
-        write_hospital(f"h{i:02d}")
-    study = load_study(write_study())
-    run = SimulatedRun("main", study, find_hospitals(study, data, tmp_path), tmp_path / "out")
+    run = twelve_hospitals(write_study, write_hospital, tmp_path)
     monkeypatch.setattr(sites, "MOST_OPEN", 9)
     opened = OpenHospitals({1: run})
     for node in range(1, 13):
