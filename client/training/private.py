@@ -36,7 +36,7 @@ from medfl.client.training.units import (
 from medfl.common.errors import ConfigError
 from medfl.common.losses import build_loss
 from medfl.common.models.norms import has_batch_norm
-from medfl.common.noise import Keystream
+from medfl.common.noise import AT_ONCE, Keystream
 from medfl.common.statistics import Shared
 from medfl.common.study import Study
 
@@ -95,12 +95,13 @@ def noisy_mean(
     Added in float64 and rounded afterwards: the sum's last bits say nothing of the gradient.
     """
     sd = dp.noise_multiplier * dp.clip
-
-    def noisy(g: Tensor) -> Tensor:
-        # In place: a large model's noise is made and read once.
-        return normal(g).double().mul_(sd).add_(g).div_(expected_batch).to(g.dtype)
-
-    return {name: noisy(g) for name, g in summed.items()}
+    flat = torch.cat([g.reshape(-1) for g in summed.values()])
+    # As many at a time as are made at once: they are still in the cache when they are added.
+    for piece in torch.split(flat, AT_ONCE):
+        piece.copy_(normal(piece).double().mul_(sd).add_(piece).div_(expected_batch))
+    parts = torch.split(flat, [g.numel() for g in summed.values()])
+    shaped = zip(summed.items(), parts, strict=True)
+    return {name: part.reshape(g.shape).to(g.dtype) for (name, g), part in shaped}
 
 
 def noise_generator(dp: DpPlan) -> Callable[[Tensor], Tensor]:

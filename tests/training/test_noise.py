@@ -68,6 +68,38 @@ def test_the_noise_passes_every_check(seed: int) -> None:
     assert faults_of(Keystream(key_from(seed), "noise").normals(N), 1.0) == []
 
 
+def test_normals_are_the_sums_of_two_box_and_muller_pairs_of_the_keystream() -> None:
+    words = Keystream(key_from(1), "noise").words(8)
+    unit = (words >> np.uint64(12)).astype(np.float64) * 2.0**-52
+    radius, angle = np.sqrt(-2 * np.log(1 - unit[:4])), 2 * np.pi * unit[4:]
+    cos, sin = radius * np.cos(angle), radius * np.sin(angle)
+    expected = np.concatenate([cos[:2] + cos[2:], sin[:2] + sin[2:]]) / 2**0.5
+    found = Keystream(key_from(1), "noise").normals(4)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_array_equal(Keystream(key_from(1), "noise").normals(3), found[:3])
+
+
+def test_normals_are_the_same_bits_whatever_the_number_of_threads() -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            stream = Keystream(key_from(1), "noise")
+            found.append([stream.normals(n).tobytes() for n in (1, 1001, 65_536, 200_003)])
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
+def test_the_two_halves_of_a_pair_are_independent() -> None:
+    # Both are made from the same four uniforms; Gaussian and uncorrelated, also in their squares.
+    noise = Keystream(key_from(9), "noise").normals(60_000)
+    one, other = noise[:30_000], noise[30_000:]
+    for power in (1, 2):
+        assert abs(np.corrcoef(one**power, other**power)[0, 1]) < 4 / 30_000**0.5
+    assert stats.kstest((one + other) / 2**0.5, "norm").pvalue > LEVEL
+
+
 def test_a_fresh_key_passes_them_too_and_is_never_the_same() -> None:
     # Passes but for about 4 of 1000 runs, so one failure of three is let through.
     found = [Keystream(fresh_key(), "noise").normals(N) for _ in range(3)]
