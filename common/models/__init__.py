@@ -36,17 +36,21 @@ log = logging.getLogger(__name__)
 # Numbers of two cases that a network is tried on in a few milliseconds: 2 x 64 x 64.
 _SMALL = 2**13
 
+# Channels last where a step is faster by it: 0.6 of the time for the small CNN, because torch's max
+# pooling uses the processor's vectors in this order alone; 0.84 to 0.94 for the ResNets, 0.92 to
+# 0.98 for DenseNet121 (one core, 28 to 64 pixels a side). The U-Nets take 0.88 to 1.16, 3-D 0.96 to
+# 1.12. Not under differential privacy, whose engine folds the records of a batch into channels.
 MODELS: dict[str, ModelEntry] = {
     "logistic": ModelEntry(logistic.build, ("image", "record"), "scores"),
     "mlp": ModelEntry(mlp.build, ("image", "record"), "scores"),
-    "cnn": ModelEntry(cnn.build, ("image",), "scores"),
+    "cnn": ModelEntry(cnn.build, ("image",), "scores", channels_last=True),
     "strided_cnn": ModelEntry(strided_cnn.build, ("image",), "scores"),
-    "densenet": ModelEntry(densenet.build, ("image",), "scores"),
-    "densenet121": ModelEntry(densenet.build_121, ("image",), "scores"),
-    "resnet10": ModelEntry(resnet.build_10, ("image",), "scores"),
-    "resnet18": ModelEntry(resnet.build_18, ("image",), "scores"),
-    "resnet34": ModelEntry(resnet.build_34, ("image",), "scores"),
-    "resnet50": ModelEntry(resnet.build_50, ("image",), "scores"),
+    "densenet": ModelEntry(densenet.build, ("image",), "scores", channels_last=True),
+    "densenet121": ModelEntry(densenet.build_121, ("image",), "scores", channels_last=True),
+    "resnet10": ModelEntry(resnet.build_10, ("image",), "scores", channels_last=True),
+    "resnet18": ModelEntry(resnet.build_18, ("image",), "scores", channels_last=True),
+    "resnet34": ModelEntry(resnet.build_34, ("image",), "scores", channels_last=True),
+    "resnet50": ModelEntry(resnet.build_50, ("image",), "scores", channels_last=True),
     "unet": ModelEntry(unet.build, ("image",), "masks"),
     "basic_unet": ModelEntry(basic_unet.build, ("image",), "masks"),
     "segresnet": ModelEntry(segresnet.build, ("image",), "masks"),
@@ -95,6 +99,9 @@ def build_model(
         _check_size(module, shape, study)
     _load_start(module, study.model)
     _freeze(module, study.model.freeze)
+    if entry.channels_last and shape.dimensions == 2 and not shared.private:
+        # Activations follow the weights.
+        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return module.train()
 
 

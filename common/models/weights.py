@@ -19,7 +19,7 @@ def get_weights(module: nn.Module) -> dict[str, Array]:
     for name, tensor in module.state_dict().items():
         array = tensor.detach().cpu().numpy()
         kind = np.float32 if tensor.is_floating_point() else array.dtype
-        weights[name] = array.astype(kind, copy=True)
+        weights[name] = array.astype(kind, order="C", copy=True)
     return weights
 
 

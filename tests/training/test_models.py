@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from medfl.client.training.loop import train
+from medfl.client.training.plan import TrainPlan
+from medfl.client.training.predict import predict
 from medfl.common import tensors
 from medfl.common.errors import ConfigError, FederationError, StorageError
 from medfl.common.models import MODELS, build_model, model_faults
@@ -167,6 +171,37 @@ def test_weights_travel_as_copies_and_return_exactly(make_study) -> None:
     set_weights(target, weights)
     assert tensors.digest(get_weights(target)) == kept
     assert weights["bn1.num_batches_tracked"].dtype == np.int64
+
+
+@pytest.mark.parametrize("name", [n for n, e in MODELS.items() if e.channels_last])
+def test_a_network_with_its_channels_last_learns_what_one_with_them_first_does(
+    name, make_study, make_cases, monkeypatch
+) -> None:
+    # Group norm: batch norm over cases of nearly one value would multiply the rounding.
+    options = {} if name == "cnn" else {"norm": "group"}
+    study = make_study(name, [32, 32], options=options, batch_size=8, learning_rate=0.01)
+    cases, found = make_cases(study=study, n=8), []
+    for last in (True, False):
+        monkeypatch.setitem(MODELS, name, replace(MODELS[name], channels_last=last))
+        model = build_model(study, SHARED, seed=1)
+        assert any(not p.is_contiguous() for p in model.parameters()) == last
+        start = get_weights(model)
+        train(model, cases, study, SHARED, TrainPlan(1, 1, seed=3))
+        found.append((start, get_weights(model), next(predict(model, cases, study, "cpu"))))
+    (start, after, said), (other_start, other_after, other_said) = found
+    # Weights travel as plain arrays, whatever the order in memory here.
+    assert all(a.flags.c_contiguous for a in after.values())
+    assert tensors.digest(start) == tensors.digest(other_start)
+    assert tensors.digest(start) != tensors.digest(after)
+    for key, array in after.items():
+        moved = np.abs(other_after[key] - start[key]).max()
+        np.testing.assert_allclose(array, other_after[key], atol=1e-3 * moved + 1e-7)
+    np.testing.assert_allclose(said, other_said, atol=1e-5)
+
+
+def test_under_privacy_the_channels_stay_first(make_study) -> None:
+    model = build_model(make_study("cnn", [16, 16]), PRIVATE, seed=1)
+    assert all(p.is_contiguous() for p in model.parameters())
 
 
 def test_weights_that_do_not_fit_are_refused_and_change_nothing(make_study) -> None:
