@@ -47,6 +47,7 @@ def _add(total: Array, array: Array, weight: float) -> None:
     part = np.empty(min(_BLOCK, len(values)), dtype=np.float64)
     for begin in range(0, len(values), resting.WINDOW):
         end = min(begin + resting.WINDOW, len(values))
+        resting.bring(total, begin, end)
         for first in range(begin, end, _BLOCK):
             last = min(first + _BLOCK, end)
             weighted = part[: last - first]
@@ -60,6 +61,7 @@ def _divide(total: Array, by: float, mean: Array) -> None:
     sums, means = total.reshape(-1), mean.reshape(-1)
     for begin in range(0, len(sums), resting.WINDOW):
         end = min(begin + resting.WINDOW, len(sums))
+        resting.bring(mean, begin, end)
         for first in range(begin, end, _BLOCK):
             last = min(first + _BLOCK, end)
             means[first:last] = sums[first:last] / by

@@ -46,6 +46,18 @@ def test_what_is_let_go_takes_no_memory() -> None:
     assert array.sum() == 1.5 * 8 * 2**20
 
 
+def test_what_is_brought_is_in_memory_before_anybody_writes() -> None:
+    (array,) = resting.zeros({"w": (8 * 2**20,)}, np.float64).values()
+    array[:] = 1.5
+    resting.let_go(array)
+    before = resident_bytes()
+    resting.bring(array, 2**20, 5 * 2**20)
+    assert 30e6 < resident_bytes() - before < 40e6
+    resting.bring(array, 8 * 2**20 - 1, 8 * 2**20)
+    assert array.sum() == 1.5 * 8 * 2**20
+    resting.bring(np.zeros(4), 0, 4)  # one that does not rest stays as it is
+
+
 def test_a_copy_at_rest_has_all_types_and_the_same_digest() -> None:
     rng = np.random.default_rng(0)
     found = {
