@@ -76,7 +76,8 @@ class ConnectedSites:
     deadline_s: the longest for the answers to one question, counted from when it was asked; what
         sites took before shortens it (`Patience`). Who has not answered by then is a refusal. A
         hospital that came back without what it was given, because its machine restarted, is asked
-        again. only: who may take part; None = who is connected.
+        again, and so is one whose question went down with the SuperLink. only: who may take part;
+        None = who is connected.
     door: checks each answer's seal and approval. check: called while waiting; it may raise.
     """
 
@@ -128,7 +129,7 @@ class ConnectedSites:
         if node_id is None:
             return None
         message_id = self._run.send(node_id, record, _TYPES[asked.kind], str(asked.round))
-        self._roster.post(site)
+        self._roster.post(site, message_id)
         return message_id
 
     def _reply(self, site: str, asked: Instruction, message_id: str | None, began: float) -> Reply:
@@ -139,7 +140,7 @@ class ConnectedSites:
             if message_id is None:
                 message_id = self._send(site, asked, to_record(pack(asked)))
             elif self._roster.was_lost(message_id):
-                log.warning("round=%d site=%s restarted; it is asked again", asked.round, site)
+                log.warning("round=%d site=%s lost the question; asked again", asked.round, site)
                 message_id = None
                 continue
             else:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 # A connected site is heard at least this often: held pulls and heartbeats come every few seconds.
 GONE_AFTER_S = 75.0
+# A site has one question at a time, and those that it is asked again.
+_MOST_UNDER_WAY = 4
 
 
 @dataclass(slots=True)
@@ -38,6 +40,8 @@ class Roster:
         self._version = 0
         # By site: how often its bell has rung, and who waits for it.
         self._posted: dict[str, int] = {}
+        # By site: the latest messages sent to it that no pull has brought it yet.
+        self._under_way: dict[str, list[str]] = {}
         self._bells: dict[str, threading.Condition] = {}
         self._places: dict[str, _Place] = {}
         self._heard: dict[str, float] = {}
@@ -63,9 +67,12 @@ class Roster:
             self._changed.wait_for(lambda: self._version != version, timeout_s)
             return self._version
 
-    def post(self, site: str) -> None:
+    def post(self, site: str, message_id: str = "") -> None:
         """Something was sent to the site: wake who waits for that."""
         with self._changed:
+            if message_id:
+                sent = [*self._under_way.get(site, []), message_id]
+                self._under_way[site] = sent[-_MOST_UNDER_WAY:]
             self._posted[site] = self._posted.get(site, 0) + 1
             if site in self._bells:
                 self._bells[site].notify_all()
@@ -108,9 +115,17 @@ class Roster:
                 self._broken |= gone.sent
         self.ring()
 
+    def broke_off(self, site: str) -> None:
+        """A pull ended without an answer: the SuperLink may believe that it brought everything."""
+        with self._changed:
+            self._lost.update(self._under_way.pop(site, []))
+        self.ring()
+
     def gave(self, site: str, message_ids: list[str]) -> None:
         """These messages are with the site now."""
         with self._changed:
+            sent = self._under_way.get(site, [])
+            self._under_way[site] = [m for m in sent if m not in message_ids]
             if site in self._places:
                 self._places[site].given.update(message_ids)
 
@@ -132,7 +147,7 @@ class Roster:
             return time.monotonic() - self._moved.get(site, self._born)
 
     def was_lost(self, message_id: str) -> bool:
-        """Whether a SuperNode took this message with it; said once."""
+        """Whether a SuperNode took this message with it, or nobody got it; said once."""
         with self._changed:
             if message_id not in self._lost:
                 return False

@@ -294,6 +294,50 @@ def test_what_a_supernode_took_with_it_is_known_to_be_lost() -> None:
     assert not roster.was_lost("b")
 
 
+def test_a_question_that_went_down_with_the_superlink_is_known_to_be_lost(superlink) -> None:
+    """It was handed to a pull whose answer nobody got; the next SuperLink has no more of it."""
+    roster = Roster()
+    gate = Gate(superlink.address, KEY, roster)
+    activate(gate)
+
+    def dies(body: bytes) -> tuple[int, bytes]:
+        superlink.plan["pull-messages"] = lambda body: (200, b"")
+        raise ConnectionError
+
+    superlink.plan["pull-messages"] = dies
+    roster.post("north", "question")
+    roster.post("south", "another")
+    gate.answer("north", pull(), active=lambda: False)
+    assert roster.was_lost("question")
+    assert not roster.was_lost("another")
+    gate.close()
+
+
+def test_a_question_that_comes_at_the_second_try_is_not_lost(superlink) -> None:
+    roster = Roster()
+    gate = Gate(superlink.address, KEY, roster)
+    activate(gate)
+
+    def dies(body: bytes) -> tuple[int, bytes]:
+        superlink.plan["pull-messages"] = lambda body: one_message()
+        raise ConnectionError
+
+    superlink.plan["pull-messages"] = dies
+    roster.post("north", "question")
+    assert gate.answer("north", pull()).body == one_message()[1]
+    assert not roster.was_lost("question")
+    gate.close()
+
+
+def test_a_question_that_was_brought_is_not_lost_by_a_later_pull() -> None:
+    roster = Roster()
+    roster.arrived("north", 11)
+    roster.post("north", "a")
+    roster.gave("north", ["a"])
+    roster.broke_off("north")
+    assert not roster.was_lost("a")
+
+
 def test_an_answer_whose_supernode_is_gone_will_not_be_completed() -> None:
     roster = Roster()
     roster.arrived("north", 11)
