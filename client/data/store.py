@@ -37,6 +37,9 @@ _NAMES = ("inputs.bin", "masks.bin")
 _DTYPES = ("float32", "uint8")
 _UNFINISHED = ".unfinished-"
 
+# Bytes that this process may still add to a cache (folder, max_gb) before it looks at all of it.
+_room: dict[tuple[Path, float], float] = {}
+
 Array = NDArray[np.generic]
 Outcome = Prepared | CaseError
 
@@ -218,7 +221,7 @@ def build_entry(cache: Cache, key: str, outcomes: Iterable[Outcome]) -> Stored:
             f"The cache in {cache.path} cannot be read back. Check the disk, or name another "
             "folder as cache.path in site.toml."
         )
-    _remove_oldest(cache, keep=key)
+    _keep_below(cache, key)
     return stored
 
 
@@ -296,12 +299,30 @@ def _bytes_in(folder: Path) -> int:
         return 0
 
 
-def _remove_oldest(cache: Cache, keep: str) -> None:
-    """Remove the entries unused for longest until the rest fits in max_gb; `keep` stays."""
+def _keep_below(cache: Cache, new: str) -> None:
+    """Remove old entries where max_gb is passed, without a look at all of them for each new one.
+
+    Eight processes may use up the room that each of them saw, so that each takes an eighth.
+    """
+    place = (cache.path, cache.max_gb)
+    _room[place] = _room.get(place, 0.0) - _bytes_in(cache.path / new)
+    if _room[place] < 0:
+        _room[place] = (cache.max_gb * 1e9 - _remove_oldest(cache, keep=new)) / 8
+
+
+def _remove_oldest(cache: Cache, keep: str) -> int:
+    """Remove the entries unused for longest until the rest fits in max_gb; `keep` stays.
+
+    Returns the bytes of what is left.
+    """
     entries = [p.parent for p in cache.path.glob("*/index.json") if p.parent.name != keep]
-    total = _bytes_in(cache.path / keep)
+    total = kept = _bytes_in(cache.path / keep)
     for folder in sorted(entries, key=_last_used, reverse=True):
-        total += _bytes_in(folder)
+        size = _bytes_in(folder)
+        total += size
         if total > cache.max_gb * 1e9:
             log.info("removing an old cache entry to stay below %.1f GB", cache.max_gb)
             shutil.rmtree(folder, ignore_errors=True)
+        else:
+            kept += size
+    return kept

@@ -127,6 +127,28 @@ def test_a_crash_while_writing_leaves_no_entry_and_is_swept_up(cache: Cache) -> 
     assert not left.exists()
 
 
+def test_a_cache_stays_below_its_size_though_not_every_entry_looks_at_all(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(path=cache.path, max_gb=400e-6)
+    looked, look = [], store._remove_oldest
+    monkeypatch.setattr(
+        store, "_remove_oldest", lambda *args, **named: looked.append(1) or look(*args, **named)
+    )
+    for i in range(60):
+        store.build_entry(cache, f"k{i:02}", [prepared(i % 200, (1, 20, 20))])
+        os.utime(cache.path / f"k{i:02}", (1e9 + i, 1e9 + i))
+        sizes = [f.stat().st_size for f in cache.path.rglob("*") if f.is_file()]
+        assert sum(sizes) < 400e3
+    assert len(looked) < 30
+    for i in range(60, 300):
+        store.build_entry(cache, f"k{i:03}", [prepared(i % 200, (1, 20, 20))])
+    left = sorted(p.name for p in cache.path.iterdir())
+    assert "k299" in left
+    assert "k00" not in left
+    assert sum(f.stat().st_size for f in cache.path.rglob("*") if f.is_file()) < 400e3
+
+
 def test_oldest_entries_go_when_the_cache_is_too_large(cache: Cache) -> None:
     cache = Cache(path=cache.path, max_gb=100e-6)
     for age, key in enumerate(["new", "middle", "old"]):
