@@ -34,6 +34,14 @@ class RoundRecord:
     epsilon: float | None = None
 
 
+def bytes_per_round(rounds: Sequence[RoundRecord]) -> tuple[int, int]:
+    """Mean bytes of arrays up and down in a round with training, all hospitals together."""
+    trained = [r for r in rounds if r.bytes_up]
+    up, down = sum(r.bytes_up for r in trained), sum(r.bytes_down for r in trained)
+    n = max(1, len(trained))
+    return round(up / n), round(down / n)
+
+
 @dataclass(frozen=True, slots=True)
 class Best:
     """The best model so far by the study's rule; nothing yet where `value` is None."""

@@ -1,17 +1,24 @@
-"""Two processes that write a run's report: what that needs is imported while others import torch,
-and half of the figures are drawn on either core."""
+"""A process that writes a run's report: what that needs is imported while others import torch, and
+a copy of it draws half of the figures on the other core."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 from medfl.common.errors import FederationError, MedflError
 from medfl.simulations.pool import Pool
+
+if TYPE_CHECKING:
+    from medfl.server.report.page import Figure
 
 # What a report of figures imports, most of a second altogether.
 _NEEDED = (
@@ -23,10 +30,10 @@ _HALVES = (("task_figures", "round_figures"), ("pictures", "site_figures"))
 
 
 class Clerk:
-    """Begin before torch is imported: the processes are forked from what is there."""
+    """Begin before torch is imported: the process is forked from what is there."""
 
     def __init__(self) -> None:
-        self._pool = Pool(_work, len(_HALVES), _prepare)
+        self._pool = Pool(_work, 1, _prepare)
 
     def __enter__(self) -> Self:
         return self
@@ -38,15 +45,9 @@ class Clerk:
         """Write report.html and model_card.md of a finished run. Raises as `write_report`."""
         from medfl.server.report import write_report
 
-        place = str(folder.absolute())
         try:
-            asked = [_packed({"folder": place, "draw": half}) for half in _HALVES]
-            halves = [self._pool.submit(task) for task in asked]
-            drawn: dict[str, Any] = {}
-            for half in halves:
-                drawn |= json.loads(half.result())
-            done = self._pool.submit(_packed({"folder": place, "drawn": drawn})).result()
-        except (FederationError, ValueError):  # one has died, or met an error
+            done = self._pool.submit(os.fsencode(folder.absolute())).result()
+        except FederationError:  # it has died
             done = b""
         if not done:
             write_report(folder)  # whatever is wrong is told here
@@ -57,27 +58,53 @@ def _prepare() -> None:
         importlib.import_module(name)
 
 
-def _packed(task: dict[str, Any]) -> bytes:
-    return json.dumps(task).encode()
-
-
 def _work(task: bytes) -> bytes:
-    """Draw some figures, or write the page with those drawn; nothing where there is an error."""
+    """Write the report in the folder that is named; nothing where there is an error."""
+    from medfl.server.report.write import draw, write_report
+
+    folder = Path(os.fsdecode(task))
+    try:
+        with _copy(folder) as other:
+            drawn = draw(folder, _HALVES[0])
+            drawn |= _unpacked(other.recv_bytes())
+        return os.fsencode(write_report(folder, drawn))
+    except (MedflError, EOFError):
+        return b""
+
+
+@contextmanager
+def _copy(folder: Path) -> Iterator[Connection]:
+    """A copy of this process, from which the other half of the figures comes, or nothing."""
+    from medfl.server.report.write import draw
+
+    ours, theirs = Pipe(duplex=False)
+    child = os.fork()
+    if not child:
+        try:
+            theirs.send_bytes(_packed(draw(folder, _HALVES[1])))
+        finally:
+            # Not exit: what the parent registered for its end is the parent's.
+            os._exit(0)
+    theirs.close()
+    try:
+        with ours:
+            yield ours
+    finally:
+        os.waitpid(child, 0)
+
+
+def _packed(drawn: dict[str, list[Figure]]) -> bytes:
+    return json.dumps(
+        {group: [asdict(f) for f in found] for group, found in drawn.items()}
+    ).encode()
+
+
+def _unpacked(packed: bytes) -> dict[str, list[Figure]]:
     from markupsafe import Markup
 
     from medfl.server.report.page import Figure
-    from medfl.server.report.write import draw, write_report
 
-    asked = json.loads(task)
-    folder = Path(asked["folder"])
-    try:
-        if "draw" in asked:
-            groups = draw(folder, asked["draw"])
-            return _packed({g: [asdict(f) for f in found] for g, found in groups.items()})
-        drawn = {
-            group: [Figure(**f | {"drawing": Markup(f["drawing"])}) for f in found]
-            for group, found in asked["drawn"].items()
-        }
-        return os.fsencode(write_report(folder, drawn))
-    except MedflError:
-        return b""
+    return {
+        group: [Figure(**f | {"drawing": Markup(f["drawing"])}) for f in found]
+        for group, found in json.loads(packed).items()
+    }

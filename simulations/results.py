@@ -17,11 +17,11 @@ from typing import Any
 from medfl.common import tensors
 from medfl.common.errors import StorageError
 from medfl.common.messages import Reply
-from medfl.common.metrics import default_metrics, intervals, mean_over_sites, summarise
+from medfl.common.metrics import bounds, default_metrics, mean_over_sites, summarise
 from medfl.common.metrics.scores import Scores, concatenate, load
 from medfl.common.seeds import derive
 from medfl.common.study import Study
-from medfl.server.report.federated import per_round
+from medfl.server.records import bytes_per_round
 from medfl.server.rounds import Outcome, RoundRecord
 from medfl.simulations.sites import SimulatedRun
 
@@ -31,13 +31,14 @@ class RoundLog:
 
     def __init__(self, folder: Path) -> None:
         from tensorboardX import SummaryWriter
+        from tensorboardX.proto.summary_pb2 import Summary
 
         self.path = folder / "rounds.jsonl"
         with storing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
         self._folder = folder / "tensorboard"
-        self._make_writer = SummaryWriter
+        self._make_writer, self._Summary, self._Value = SummaryWriter, Summary, Summary.Value
         self._writers: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -48,8 +49,9 @@ class RoundLog:
             if record.run not in self._writers:
                 self._writers[record.run] = self._make_writer(str(self._folder / record.run))
             writer = self._writers[record.run]
-            for name, value in _scalars(record):
-                writer.add_scalar(name, value, record.round)
+            # One event a round: one a number would take longer than the rounds of small sites.
+            values = [self._Value(tag=n, simple_value=v) for n, v in _scalars(record)]
+            writer.file_writer.add_summary(self._Summary(value=values), record.round)
             writer.flush()
 
     def close(self) -> None:
@@ -124,7 +126,7 @@ def write_results(
         "digests": {"study": study.digest, "model": tensors.digest(outcome.weights)},
         "cohorts": {r.site: r.cohort for r in outcome.final},
         "n_parameters": int(sum(a.size for a in tensors.floats(outcome.weights).values())),
-        "bytes_per_round": sum(per_round(outcome.records)),
+        "bytes_per_round": sum(bytes_per_round(outcome.records)),
     }
     text = json.dumps(result, indent=2, allow_nan=False)
     tensors.write_atomic(main.folder / "result.json", text.encode())
@@ -159,26 +161,26 @@ def summary(
     ]
     tested = [scores for _, scores in sorted(tables.items()) if scores is not None]
     everything = concatenate(tested) if tested else None
-    values, bounds = _measured(study, everything, names, derive(seed, "bootstrap"))
+    values, everywhere = _measured(study, everything, names, derive(seed, "bootstrap"))
     return {
         "sites": [{**s, "epsilon": None, "delta": None} if run.pooled else s for s in sites],
         "mean": mean_over_sites([s["metrics"] for s in sites]),
         "all": values,
-        "all_intervals": bounds,
+        "all_intervals": everywhere,
     }
 
 
 def _site(
     study: Study, reply: Reply, scores: Scores | None, names: tuple[str, ...], seed: int
 ) -> dict[str, Any]:
-    values, bounds = _measured(study, scores, names, seed)
+    values, around = _measured(study, scores, names, seed)
     return {
         "name": reply.site,
         "n_train": reply.counts.get("train"),
         "n_validation": reply.counts.get("validation"),
         "n_test": 0 if scores is None else len(scores),
         "metrics": values,
-        "intervals": bounds,
+        "intervals": around,
         "epsilon": reply.epsilon,
         "delta": reply.target_delta,
         "quarantined": dict(reply.left_out),
@@ -195,7 +197,7 @@ def _measured(
     resamples = study.evaluation.bootstrap
     if not resamples:
         return values, {}
-    return values, dict(intervals(study.task, scores, names, resamples=resamples, seed=seed))
+    return values, dict(bounds(study.task, scores, values, resamples=resamples, seed=seed))
 
 
 def site_scores(

@@ -178,15 +178,29 @@ def intervals(
     Raises:
         ConfigError: with every name that this task does not have.
     """
-    metrics = _metrics(task, names)
-    defined = {name for name, m in metrics.items() if m.value(task, scores) is not None}
-    if resamples < 1 or len(set(scores.patients)) < 2 or not defined:
-        return dict.fromkeys(metrics)
-    values: dict[str, list[NDArray[np.float64]]] = {name: [] for name in metrics}
+    values = summarise(task, scores, names)
+    return bounds(task, scores, values, resamples=resamples, seed=seed, level=level)
+
+
+def bounds(
+    task: Task,
+    scores: Scores,
+    values: Mapping[str, float | None],
+    *,
+    resamples: int,
+    seed: int,
+    level: float = 0.95,
+) -> dict[str, tuple[float, float] | None]:
+    """`intervals` of what `summarise` gave."""
+    metrics = {n: m for n, m in _metrics(task, values).items() if values[n] is not None}
+    found: dict[str, tuple[float, float] | None] = dict.fromkeys(values)
+    if resamples < 1 or len(set(scores.patients)) < 2 or not metrics:
+        return found
+    drawn: dict[str, list[NDArray[np.float64]]] = {name: [] for name in metrics}
     for weights in _draws(scores.patients, resamples, seed):
-        for name in defined:
-            values[name].append(metrics[name].resampled(task, scores, weights))
-    return {name: _percentiles(parts, level) for name, parts in values.items()}
+        for name, metric in metrics.items():
+            drawn[name].append(metric.resampled(task, scores, weights))
+    return found | {name: _percentiles(parts, level) for name, parts in drawn.items()}
 
 
 def mean_over_sites(
@@ -240,7 +254,7 @@ def _draws(patients: Sequence[str], resamples: int, seed: int) -> Iterable[NDArr
 
 
 def _percentiles(parts: Sequence[NDArray[np.float64]], level: float) -> tuple[float, float] | None:
-    values = np.concatenate(parts) if parts else np.empty(0)
+    values = np.concatenate(parts)
     defined = values[~np.isnan(values)]
     if 2 * len(defined) <= len(values):
         return None

@@ -26,6 +26,7 @@ from medfl.common.signing import canonical, is_signed, public_of, sign
 from medfl.common.study import Study
 from medfl.server import runs, studies
 from medfl.server.federation import Federation
+from medfl.server.records import bytes_per_round
 from medfl.server.report.write import write_report
 from medfl.server.runs import Run
 
@@ -133,7 +134,7 @@ def facts(
     absent: hospitals that were not asked, and why.
     """
     tests = [dict(r.metrics.get("test", {})) for r in outcome.final]
-    up, down = per_round(rounds)
+    up, down = bytes_per_round(rounds)
     return {
         "kind": "federation",
         "run": run.id,
@@ -160,14 +161,6 @@ def facts(
         "bytes_up_per_round": up,
         "bytes_down_per_round": down,
     }
-
-
-def per_round(rounds: Sequence[RoundRecord]) -> tuple[int, int]:
-    """Mean bytes of arrays up and down in a round with training, all hospitals together."""
-    trained = [r for r in rounds if r.bytes_up]
-    up, down = sum(r.bytes_up for r in trained), sum(r.bytes_down for r in trained)
-    n = max(1, len(trained))
-    return round(up / n), round(down / n)
 
 
 def _site(reply: Reply) -> dict[str, Any]:
