@@ -1,9 +1,10 @@
 """The arithmetic of the benchmark `simulation` in plain PyTorch, in two processes: its limit.
 
-    python images.py FOLDER
+    python images.py FOLDER [last]
 
 trains by the files of FOLDER (`medfl.simulations.benchmarks.shares` writes them) and leaves
-model.npz there. Rivals get a copy of this file, so that all do the same: medfl is not imported.
+model.npz there; with `last` the weights lie channels last in memory, as medfl has them. Rivals get
+a copy of this file, so that all do the same: medfl is not imported.
 """
 
 from __future__ import annotations
@@ -136,11 +137,12 @@ def summed(
     return total, cases
 
 
-def run(folder: Path) -> None:
+def run(folder: Path, memory_format: torch.memory_format = torch.contiguous_format) -> None:
     """This process takes every other site, a forked one the rest."""
     torch.set_num_threads(1)
     data = Data(folder)
     model, sites = network(data.work["model"]), range(data.work["sites"])
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]
     ours, theirs = Pipe()
     child = os.fork()
     if not child:
@@ -177,4 +179,5 @@ def _arrays(weights: Weights) -> dict[str, np.ndarray[Any, Any]]:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+    last = sys.argv[2:] == ["last"]
+    run(Path(sys.argv[1]), torch.channels_last if last else torch.contiguous_format)
