@@ -169,7 +169,8 @@ class Federation:
         two: small hospitals count more than their cases, and less than equally), or equal.
     min_sites: fewer answers than this, and the round is void.
     sites_per_round: so many are drawn each round; omitted, all take part.
-    keep: which model is published: the last, or the best by `best_metric` on validation parts.
+    keep: which model is published: the last, the best by `best_metric` on validation parts, or the
+        average of the models of the second half of the rounds, which has less of privacy's noise.
     updates: numbers in which updates travel (`medfl.common.packing`), all packed without loss:
         float32 as they are, float16 in half the bytes, int8 in a quarter and int4 in an eighth,
         where each hospital keeps what rounding took away and adds it to its next update. Under
@@ -185,7 +186,7 @@ class Federation:
     weighting: Literal["cases", "sqrt_cases", "equal"] = "cases"
     min_sites: Count = 1
     sites_per_round: Count | None = None
-    keep: Literal["last", "best"] = "last"
+    keep: Literal["last", "best", "average"] = "last"
     best_metric: str | None = None
     updates: Literal["float32", "float16", "int8", "int4"] = "float32"
     norm_limit: Annotated[float, Field(gt=1)] = 100.0

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from medfl.common import statistics, tensors
-from medfl.common.errors import FederationError, TooFewUpdates
+from medfl.common.errors import ConfigError, FederationError, TooFewUpdates
 from medfl.common.messages import Instruction, Reply
 from medfl.common.metrics import default_metrics
 from medfl.common.models import build_model
+from medfl.common.models.norms import has_batch_norm
 from medfl.common.models.weights import get_weights
 from medfl.common.records import columns
 from medfl.common.resting import rested
@@ -27,6 +28,7 @@ from medfl.common.seeds import derive
 from medfl.common.statistics import Shared
 from medfl.common.study import Study
 from medfl.common.tensors import Array, Tensors
+from medfl.server.average import average_of, averaged, first_averaged
 from medfl.server.checkpoint import Checkpoint, Model
 from medfl.server.records import Best, RoundRecord, named, round_record, size
 from medfl.server.roster import Prepared, Roster, Sites, ask, ask_each, prepare
@@ -179,6 +181,11 @@ def _start(
     """The model that round 1 starts from, and the names of what sites send."""
     n_features = len(columns(study.record, shared)) if study.record is not None else None
     module = build_model(study, shared, n_features=n_features, seed=derive(seed, "weights"))
+    if study.federation.keep == "average" and has_batch_norm(module):
+        raise ConfigError(
+            "federation.keep: the model has batch norm, whose statistics a mean of models does not "
+            'have; set model.options.norm to "group", or keep to "last"'
+        )
     weights = get_weights(module)
     floating = tensors.floats(weights)
     control: dict[str, Array] = {}
@@ -225,15 +232,18 @@ def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRec
         void=not combined.n_sites or len(admitted.replies) < study.federation.min_sites,
         bytes_up=admitted.bytes_up,
     )
-    best = model.best.or_this(number - 1, record.metrics, model.weights)
+    best, before = model.best.or_this(number - 1, record.metrics, model.weights), model.state
     model = replace(model, best=best)
     if isinstance(admitted, SecureRound) and admitted.ahead is not None:
         federation.ahead[number + 1] = admitted.ahead
     model = model if record.void else _moved(federation, model, combined)
     if study.site_privacy is not None:
         record = replace(record, epsilon=spent(study, model.state.round))
-    model = replace(model, state=remember(model.state, proportion.median))
-    return replace(record, model=model.digest), model
+    state = remember(model.state, proportion.median)
+    first = first_averaged(study.federation.rounds)
+    if study.federation.keep == "average" and number >= first:
+        state = averaged(before, state, model.weights, number - first + 1)
+    return replace(record, model=model.digest), replace(model, state=state)
 
 
 def _moved(federation: _Federation, model: Model, combined: Combined) -> Model:
@@ -337,7 +347,9 @@ def _judge_last(federation: _Federation, model: Model) -> tuple[RoundRecord, Mod
 
 
 def _kept(study: Study, model: Model) -> tuple[int, Tensors]:
-    """Which round's model is published, and its weights."""
+    """Which round's model is published, and its weights; of a mean, the last round."""
+    if study.federation.keep == "average":
+        return study.federation.rounds, average_of(model.state, model.weights)
     if study.federation.keep == "best":
         if model.best.value is not None:
             return model.best.round, model.best.weights

@@ -69,6 +69,9 @@ def plan_runs(
             if name == "local":
                 # Nothing of a hospital leaves it, so that there is no sum to put noise on.
                 other = replace(other, site_privacy=None)
+            if study.federation.keep == "average" and STRATEGIES[name]().local.keeps != "nothing":
+                # What stays at a hospital is not averaged.
+                other = replace(other, federation=replace(other.federation, keep="last"))
             strategy_for(other)
             runs.append(replace(main, name=name, study=other, folder=folder))
         else:

@@ -197,6 +197,11 @@ def strategy_for(study: Study, key: bytes | None = None) -> Strategy:
             "federation.strategy: scaffold corrects plain SGD steps; set training.optimiser to "
             '"sgd" and training.momentum to 0, or choose another strategy'
         )
+    if federation.keep == "average" and strategy.local.keeps != "nothing":
+        raise ConfigError(
+            f"federation.keep: {federation.strategy} leaves layers at the hospitals, which take no "
+            'part in an average; write keep = "last" or "best"'
+        )
     if federation.min_sites < strategy.fewest:
         raise ConfigError(
             f"federation.min_sites: {federation.strategy} as it is set needs {strategy.fewest} "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from medfl.server.average import first_averaged
 from medfl.server.report import curves, words
 from medfl.server.report.plot import MANY
 from medfl.server.report.run import Outcome, Run, SiteResult
@@ -231,6 +232,9 @@ def _rounds(run: Run) -> str:
     rounds = f"{rounds} ({void} void, with too few answers)" if void else rounds
     if chosen is None:
         return str(rounds)
+    if how.keep == "average":
+        first = first_averaged(run.study.federation.rounds)
+        return f"{rounds}; the published model is the mean of those of rounds {first} to {chosen}"
     why = f"best {words.measure(how.best_metric or '').label}" if how.keep == "best" else "the last"
     return f"{rounds}; the published model is that of round {chosen} ({why})"
 

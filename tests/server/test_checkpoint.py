@@ -103,6 +103,7 @@ KINDS = {
     "int8": {"updates": "int8"},
     "drawn": {"sites_per_round": 1},
     "best": {"keep": "best", "best_metric": "accuracy"},
+    "average": {"keep": "average", "strategy": "fedadam"},
 }
 
 

@@ -18,9 +18,10 @@ from medfl.common.errors import FederationError, MedflError
 from medfl.common.messages import Instruction, Reply, refusal
 from medfl.common.seeds import derive
 from medfl.common.study import Study
-from medfl.common.tensors import digest
+from medfl.common.tensors import Tensors, digest
 from medfl.server.records import Best
 from medfl.server.rounds import Outcome, draw, run_study
+from medfl.strategies.catalogue import study_faults
 
 MakeStudy = Callable[..., Study]
 MakeHospital = Callable[..., Hospital]
@@ -284,6 +285,50 @@ def test_a_sites_own_layers_of_the_best_round_serve_at_the_end(
     assert outcome.selected_round == 2
     own = parameters(home.layers(here[0].state).as_of(2))
     assert seen == {2: pytest.approx((1 - 1 / (1 + np.exp(-own.sum()))) ** 2, abs=1e-4)}
+
+
+@pytest.mark.parametrize(("rounds", "first"), [(1, 1), (4, 3), (5, 3)])
+@pytest.mark.parametrize("strategy", ["fedavg", "fedavgm", "fedadam"])
+def test_the_mean_of_the_later_models_is_kept(
+    risk_study: MakeStudy, sites: Callable[..., Here], rounds: int, first: int, strategy: str
+) -> None:
+    study = risk_study(federation={"rounds": rounds, "keep": "average", "strategy": strategy})
+    seen: list[Tensors] = []
+    here = sites(study)
+    outcome = run_study(study, here, seed=1, on_round=lambda record, weights: seen.append(weights))
+    later = [parameters(weights) for weights in seen[first - 1 : rounds]]
+    assert parameters(outcome.weights) == pytest.approx(np.mean(later, axis=0), rel=1e-6)
+    assert np.array_equal(parameters(outcome.last), parameters(seen[rounds - 1]))
+    # The mean is what hospitals judge, and it leaves no trace in the training.
+    plain = risk_study(federation={"rounds": rounds, "strategy": strategy})
+    last = run_study(plain, sites(plain), seed=1)
+    assert digest(outcome.last) == digest(last.weights)
+    judged = here.asked[-1][1]
+    assert (judged.kind, judged.model) == ("finish", digest(outcome.weights))
+
+
+def test_a_void_round_counts_with_the_model_that_it_left(
+    risk_study: MakeStudy, sites: Callable[..., Here]
+) -> None:
+    def fails(asked: Instruction, reply: Reply) -> Reply:
+        bad = asked.kind == "round" and asked.round == 4
+        return replace(reply, delta=NAN) if bad else reply
+
+    study = risk_study(federation={"rounds": 4, "keep": "average"})
+    seen: list[Tensors] = []
+    outcome = run_study(
+        study,
+        sites(study, spoil=fails),
+        seed=1,
+        on_round=lambda record, weights: seen.append(weights),
+    )
+    assert outcome.records[3].void
+    assert parameters(outcome.weights) == pytest.approx(parameters(seen[2]), rel=1e-6)
+
+
+def test_a_mean_is_refused_where_models_have_none(risk_study: MakeStudy) -> None:
+    study = risk_study(federation={"keep": "average", "strategy": "local"})
+    assert [f for f in study_faults(study) if f.startswith("federation.keep: local leaves layers")]
 
 
 # --- what goes wrong ---------------------------------------------------------------------------

@@ -283,8 +283,9 @@ def test_an_error_in_a_comparison_ends_the_run_with_its_reason(
         ran(load_study(write_study()), data, tmp_path / "out", ["local"])
 
 
-def test_fedbn_on_images_over_workers(tmp_path: Path, risk_study: Any) -> None:
-    """Another kind of data, a network with buffers, and layers that stay at home."""
+@pytest.fixture
+def image_study(tmp_path: Path, risk_study: Any) -> Study:
+    """A network with batch norm, two sites; its pictures lie in tmp_path / data."""
     from medfl.common.source import DataSource
     from medfl.common.study import Evaluation, ImageInput, Model, Partition, Simulation
 
@@ -297,7 +298,7 @@ def test_fedbn_on_images_over_workers(tmp_path: Path, risk_study: Any) -> None:
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "tiny.npz", **arrays)
     base = risk_study(training={"learning_rate": 0.1, "batch_size": 8})
-    study = replace(
+    return replace(
         base,
         task=replace(base.task, kind="classification", label_map={"0": "no", "1": "yes"}),
         record=None,
@@ -310,13 +311,34 @@ def test_fedbn_on_images_over_workers(tmp_path: Path, risk_study: Any) -> None:
             partition=Partition(kind="iid", sites=2),
         ),
     )
-    result, _, _ = ran(study, tmp_path / "data", tmp_path / "out", ["fedavg"])
+
+
+def test_fedbn_on_images_over_workers(tmp_path: Path, image_study: Study) -> None:
+    """Another kind of data, a network with buffers, and layers that stay at home."""
+    result, _, _ = ran(image_study, tmp_path / "data", tmp_path / "out", ["fedavg"])
     assert result["all"]["auroc"] > 0.9
     assert result["baselines"]["fedavg"]["all"]["auroc"] > 0.9
     states = [tmp_path / "out/sites" / f"site-{i}" / "state" for i in (1, 2)]
     layers = [tensors.load(s / "home_00004.safetensors") for s in states]
     assert not np.array_equal(layers[0]["1.running_mean"], layers[1]["1.running_mean"])
     assert (tmp_path / "out/sites/site-1/examples.npz").exists()
+
+
+def test_a_mean_of_models_with_batch_norm_is_refused(tmp_path: Path, image_study: Study) -> None:
+    federation = replace(image_study.federation, strategy="fedavg", keep="average")
+    study = replace(image_study, federation=federation)
+    with pytest.raises(ConfigError, match=r"federation\.keep: the model has batch norm"):
+        ran(study, tmp_path / "data", tmp_path / "out", [])
+
+
+def test_a_mean_is_compared_with_what_has_none(
+    write_study: Write, data: Path, tmp_path: Path
+) -> None:
+    study = load_study(write_study(federation='keep = "average"'))
+    sites = find_hospitals(study, data, tmp_path)
+    runs = plan_runs(study, sites, tmp_path / "out", ["local", "pooled", "fedadam"], "cpu")
+    kept = {run.name: run.study.federation.keep for run in runs}
+    assert kept == {"main": "average", "local": "last", "pooled": "average", "fedadam": "average"}
 
 
 def test_comparisons_are_planned_once_each(write_study: Write, data: Path, tmp_path: Path) -> None:
