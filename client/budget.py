@@ -35,6 +35,7 @@ class Terms:
     """Under which privacy this hospital works for one study.
 
     epsilon, delta, clip, unit: of the training, the stricter of study and hospital.
+    clip_quantile: the share of units that the bound should leave as they are; None: it stays.
     metrics_epsilon: of the metrics on patients that are not trained on; None: none are released.
     ever: the hospital's limit for everything; None: it wrote none.
     n_units, n_cases: declared, not counted, outside of a simulation.
@@ -43,6 +44,7 @@ class Terms:
     epsilon: float
     delta: float
     clip: float
+    clip_quantile: float | None
     unit: Literal["patient", "record"]
     metrics_epsilon: float | None
     ever: Limit | None
@@ -63,6 +65,7 @@ def terms_of(study: Study, site: SitePrivacy | None) -> Terms | None:
         epsilon=min(p.epsilon for p in both),
         delta=min(p.delta for p in both),
         clip=both[0].clip,
+        clip_quantile=asked.clip_quantile if asked is not None else None,
         unit=unit,
         metrics_epsilon=asked.metrics_epsilon if asked is not None else None,
         ever=Limit(site.budget.epsilon, site.budget.delta)
@@ -119,7 +122,8 @@ def dp_plan(study: Study, terms: Terms) -> tuple[DpPlan, int]:
     noise = accounting.noise_multiplier_for(
         terms.epsilon, terms.delta, rate, steps * study.federation.rounds
     )
-    return DpPlan(noise, rate, terms.clip, unit=terms.unit, n_declared=n_units), steps
+    plan = DpPlan(noise, rate, terms.clip, terms.clip_quantile, unit=terms.unit, n_declared=n_units)
+    return plan, steps
 
 
 def metrics_noise(study: Study, terms: Terms) -> float:

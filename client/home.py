@@ -1,4 +1,4 @@
-"""What stays at the hospital between rounds: layers of its own, and its control variate.
+"""What stays at the hospital between rounds: layers of its own, its control variate, its bound.
 
 Layers are kept as of the rounds in which this site trained: those of the best round, because the
 study may publish that model, and the latest.
@@ -23,6 +23,11 @@ def layers(folder: Path) -> ByRound:
 def control(folder: Path) -> ByRound:
     """This site's control variate (SCAFFOLD), below its `folder` of state."""
     return ByRound(folder, "control")
+
+
+def bound(folder: Path) -> ByRound:
+    """This site's clipping bound where it follows a quantile, below its `folder` of state."""
+    return ByRound(folder, "bound")
 
 
 def control_before(folder: Path, round_: int, asked: Tensors) -> dict[str, Array]:

@@ -207,6 +207,8 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
     outcome = train(model, cases, study, shared, plan)
     if entry is not None:
         hospital.ledger.settle(entry)
+    if outcome.clip is not None:
+        home.bound(hospital.state).save(asked.round, {"clip": np.array(outcome.clip)})
     after = _weights(model)
     delta = tensors.subtract(after, before)
     control = home.control_change(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from medfl.client import budget
+from medfl.client import budget, home
 from medfl.client.data.cases import Cohort
 from medfl.client.ledger import Entry
 from medfl.client.released import Summary, with_noise, withheld
@@ -35,6 +35,9 @@ def charged(
     step = (dp.noise_multiplier, dp.sample_rate, steps)
     charge = budget.charge_for(study, asked.run, "training", asked.round, step, terms.unit)
     entry = budget.reserve(hospital.ledger, terms, charge, patients)
+    if dp.quantile is not None:
+        moved = home.bound(hospital.state).as_of(asked.round - 1)
+        dp = replace(dp, clip=float(moved["clip"])) if moved else dp
     return replace(dp, key=_key(hospital, asked, entry)), entry
 
 

@@ -119,6 +119,9 @@ def _privacy(study: Study, site: Site | None) -> Iterator[str]:
     )
     if own is not None and (asked is None or own.epsilon < asked.epsilon):
         yield "  This is this hospital's own limit; the study asks for less protection or none."
+    if terms.clip_quantile is not None:
+        yield "  How long a gradient may be follows from this hospital's own, counted with noise;"
+        yield "  that is within epsilon."
     yield from _whole_hospital(study)
     if terms.metrics_epsilon is None:
         yield "  No counts, losses or metrics of this hospital leave it."

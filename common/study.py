@@ -223,6 +223,9 @@ class Privacy:
     unit: patient = a patient with all of their records, however many; record = each record (image,
         row) alone, which protects a patient with several of them less.
     clip: bound on the L2 norm of one unit's contribution.
+    clip_quantile: the bound follows this share of the units' norms, at each hospital its own: as
+        many units should need no clipping. What a hospital learns of the norms is noised and within
+        epsilon; the noise on the gradients grows by 2.6 % for it. `clip` is then where it begins.
     sample_rate: chance of a unit to take part in a step; omitted, training.batch_size over the
         units that the hospital declares. A rate gives hospitals of every size the same noise.
     metrics_epsilon: what the metrics on validation and test patients may cost each of *those*
@@ -233,6 +236,7 @@ class Privacy:
     epsilon: Positive
     delta: Positive
     clip: Positive = 1.0
+    clip_quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
     sample_rate: Annotated[float, Field(gt=0, le=1)] | None = None
     unit: Literal["patient", "record"] = "patient"
     metrics_epsilon: Positive | None = None

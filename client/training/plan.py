@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 class DpPlan:
     """Differential privacy of one round's steps.
 
-    noise_multiplier: sd of the noise over `clip`. sample_rate: probability that a unit takes
-        part in a step. clip: bound on the L2 norm of one unit's contribution.
+    noise_multiplier: sd of the noise over `clip`, where all of it is for the gradients.
+    sample_rate: probability that a unit takes part in a step.
+    clip: bound on the L2 norm of one unit's contribution; with a quantile, of the first step.
+    quantile: the share of units that the bound should leave as they are; None: it stays.
     unit: whom this protects: a patient with all records, or each record alone.
     n_declared: units that the hospital says it has, for the expected batch; None: as many as
         there are, which then counts as known to everybody.
@@ -30,6 +32,7 @@ class DpPlan:
     noise_multiplier: float
     sample_rate: float
     clip: float
+    quantile: float | None = None
     unit: Literal["patient", "record"] = "patient"
     n_declared: int | None = None
     key: bytes = field(default_factory=fresh_key, repr=False)
@@ -57,8 +60,10 @@ class TrainPlan:
 @dataclass(frozen=True, slots=True)
 class TrainOutcome:
     """steps: optimiser steps done. loss: mean over the records seen, None under differential
-    privacy. learning_rate: mean over the steps, so that steps · learning_rate is their sum."""
+    privacy. learning_rate: mean over the steps, so that steps · learning_rate is their sum.
+    clip: the bound that the next step would have had, where it follows a quantile."""
 
     steps: int
     loss: float | None
     learning_rate: float
+    clip: float | None = None

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from medfl.client.training.caseset import CaseSet
+from medfl.client.training.clipping import Clipping
 from medfl.client.training.engines.choice import engine_for
-from medfl.client.training.engines.engine import Engine
+from medfl.client.training.engines.engine import Bound, Engine
 from medfl.client.training.engines.materialised import clipped_sum
 from medfl.client.training.optimisers import make_optimiser
 from medfl.client.training.plan import DpPlan, TrainOutcome, TrainPlan
@@ -72,29 +73,32 @@ def train_private(
     start = {n: p.detach().clone() for n, p in parameters.items()}
     optimiser = make_optimiser(study.training, list(parameters.values()))
     steps, rates = private_steps_in_round(study, dp.sample_rate), 0.0
+    clipping = Clipping(dp, expected_batch)
     batches = poisson_batches(len(units), dp.sample_rate, dp.key)
     at_once = chunk_size(model, study.training.batch_size)
     for step, drawn in enumerate(islice(batches, steps)):
         rates += set_rate(optimiser, study, plan, step, steps)
         batch = [units[int(i)] for i in drawn]
-        summed = sum_of_units(batch, at_once, parameters, engine, fetch, dp.clip)
-        mean = noisy_mean(summed, dp, expected_batch, normal)
+        bound = Bound(clipping.value)
+        summed = sum_of_units(batch, at_once, parameters, engine, fetch, bound)
+        mean = noisy_mean(summed, clipping.sd, expected_batch, normal)
+        clipping.after(bound, len(batch))
         for name, parameter in parameters.items():
             parameter.grad = mean[name]
         _add_penalty(parameters, start, plan)
         add_correction(parameters, plan.correction)
         optimiser.step()
-    return TrainOutcome(steps, None, rates / steps)
+    moved = clipping.value if dp.quantile is not None else None
+    return TrainOutcome(steps, None, rates / steps, moved)
 
 
 def noisy_mean(
-    summed: Gradients, dp: DpPlan, expected_batch: float, normal: Callable[[Tensor], Tensor]
+    summed: Gradients, sd: float, expected_batch: float, normal: Callable[[Tensor], Tensor]
 ) -> Gradients:
-    """(Σ clipped + N(0, (σ·clip)²)) / expected batch size, which no unit influences.
+    """(Σ clipped + N(0, sd²)) / expected batch size, which no unit influences.
 
     Added in float64 and rounded afterwards: the sum's last bits say nothing of the gradient.
     """
-    sd = dp.noise_multiplier * dp.clip
     flat = torch.cat([g.reshape(-1) for g in summed.values()])
     # As many at a time as are made at once: they are still in the cache when they are added.
     for piece in torch.split(flat, AT_ONCE):
@@ -127,16 +131,16 @@ def sum_of_units(
     parameters: Mapping[str, Tensor],
     engine: Engine,
     fetch: Fetch,
-    clip: float,
+    bound: Bound,
 ) -> Gradients:
     """Sum of the units' clipped contributions to one Poisson batch, some records at a time."""
     summed = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
     for group in groups(batch, at_once):
         if len(group) == 1 and len(group[0]) > at_once:
-            part = clipped_sum(_mean_in_parts(group[0], at_once, engine, fetch), clip)
+            part = clipped_sum(_mean_in_parts(group[0], at_once, engine, fetch), bound)
         else:
             sizes = [len(unit) for unit in group]
-            part = engine.clipped_sum(*fetch(np.concatenate(group)), sizes, clip)
+            part = engine.clipped_sum(*fetch(np.concatenate(group)), sizes, bound)
         for name, gradient in part.items():
             summed[name] += gradient
     return summed

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from medfl.client.training.engines.choice import engine_for
-from medfl.client.training.engines.engine import Engine
+from medfl.client.training.engines.engine import Bound, Engine
 from medfl.client.training.engines.materialised import Materialised, per_record_gradients
 from medfl.client.training.plan import DpPlan
 from medfl.client.training.private import noise_generator, noisy_mean
@@ -116,10 +116,10 @@ def _private(given: Given, engine: Engine) -> Ready:
     normal, sizes = noise_generator(dp), [1] * len(given.x)
 
     def clipped() -> dict[str, Tensor]:
-        return engine.clipped_sum(given.x, given.y, sizes, CLIP)
+        return engine.clipped_sum(given.x, given.y, sizes, Bound(CLIP))
 
     def step() -> None:
-        mean = noisy_mean(clipped(), dp, float(len(given.x)), normal)
+        mean = noisy_mean(clipped(), SIGMA * CLIP, float(len(given.x)), normal)
         for name, parameter in given.parameters.items():
             parameter.grad = mean[name]
         optimiser.step()
@@ -196,7 +196,7 @@ def timed(work: StepWork, repeats: int) -> dict[str, Any]:
     dp = DpPlan(SIGMA, RATE, CLIP)
     normal, summed = noise_generator(dp), dict(Given.of(work).model.state_dict())
     begun = time.perf_counter()
-    noisy_mean(summed, dp, 1.0, normal)
+    noisy_mean(summed, SIGMA * CLIP, 1.0, normal)
     return {"seconds": seconds, "apart": apart, "noise": time.perf_counter() - begun}
 
 

@@ -18,6 +18,7 @@ from scipy import stats
 
 from medfl.client.composition import Charge, spent
 from medfl.client.ledger import Ledger
+from medfl.client.training.engines.engine import Bound
 from medfl.client.training.engines.materialised import Materialised
 from medfl.client.training.plan import DpPlan
 from medfl.client.training.private import noise_generator, noisy_mean, sum_of_units
@@ -67,8 +68,10 @@ def right_guesses(seed: int, noise_multiplier: float = SIGMA) -> int:
         dp = DpPlan(noise_multiplier, RATE, CLIP, key=key_from(seed, "round", round_))
         (drawn,) = islice(poisson_batches(len(units), RATE, dp.key), 1)
         batch = [units[i] for i in drawn]
-        summed = sum_of_units(batch, 64, weights, engine, fetch, CLIP)
-        released += noisy_mean(summed, dp, RATE * CANARIES, noise_generator(dp))["w"].numpy()
+        summed = sum_of_units(batch, 64, weights, engine, fetch, Bound(CLIP))
+        released += noisy_mean(
+            summed, noise_multiplier * CLIP, RATE * CANARIES, noise_generator(dp)
+        )["w"].numpy()
     order = np.argsort(released)
     out, in_ = order[: GUESSES // 2], order[-GUESSES // 2 :]
     return int(np.sum(~there[out]) + np.sum(there[in_]))

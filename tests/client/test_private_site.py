@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medfl.client import budget
+from medfl.client import budget, home
 from medfl.client.cli import main
 from medfl.client.composition import spent
 from medfl.client.data.check import check_with_cohort
@@ -423,3 +423,42 @@ def test_the_same_question_gets_the_same_answer_and_is_paid_once(
     other = answer(site, asked(site, model="2" * 64, attempt=1))
     assert digest(other.delta) != digest(first.delta)
     assert len(list(Ledger(tmp_path / "st-anna" / "ledger").entries())) > len(paid)
+
+
+# --- a bound that follows a quantile --------------------------------------------------------------
+
+
+def test_the_bound_goes_on_from_round_to_round_and_a_repeated_round_from_the_one_before(
+    make_site: Callable[..., Hospital],
+) -> None:
+    # So large an epsilon that the count of ten patients is not lost in noise.
+    more = {"epsilon": 200.0, "clip": 50.0, "clip_quantile": 0.5, "sample_rate": 1.0}
+    privacy = {**STUDY["privacy"], **more}
+    loose = replace(DECLARED, epsilon=200.0)
+    site = make_site(study=study_of(privacy=privacy), privacy=loose, simulated=True)
+    kept = [answer(site, asked(site, round_=number)) for number in (1, 2)]
+    bounds = [float(home.bound(site.state).as_of(n)["clip"]) for n in (1, 2)]
+    assert 50.0 > bounds[0] > bounds[1]
+    # The coordinator died and asks for round 2 again: from the bound after round 1, with new noise.
+    again = answer(site, asked(site, round_=2, attempt=1))
+    assert float(home.bound(site.state).as_of(1)["clip"]) == bounds[0]
+    assert float(home.bound(site.state).as_of(2)["clip"]) < bounds[0]
+    assert digest(again.delta) != digest(kept[1].delta)
+
+
+def test_a_moving_bound_is_charged_like_one_that_stays(make_site: Callable[..., Hospital]) -> None:
+    charges = []
+    for name, quantile in (("north", None), ("south", 0.5)):
+        privacy = {**STUDY["privacy"], "clip_quantile": quantile}
+        study = study_of(privacy={k: v for k, v in privacy.items() if v is not None})
+        site = make_site(name, study=study)
+        answer(site, asked(site))
+        (line,) = (e.charge for e in site.ledger.entries() if e.charge.purpose == "training")
+        charges.append((line.noise_multiplier, line.sample_rate, line.steps))
+    assert charges[0] == charges[1]
+
+
+def test_a_hospital_without_a_quantile_keeps_no_bound(make_site: Callable[..., Hospital]) -> None:
+    site = make_site()
+    answer(site, asked(site))
+    assert home.bound(site.state).as_of(1) == {}

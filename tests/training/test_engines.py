@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from medfl.client.training.engines.bookkeeping import BookKeeping
 from medfl.client.training.engines.choice import engine_for
-from medfl.client.training.engines.engine import Engine, NotCoveredError
+from medfl.client.training.engines.engine import Bound, Engine, NotCoveredError
 from medfl.client.training.engines.materialised import Materialised, per_record_gradients
 from medfl.common.losses import LOSSES, build_loss
 from medfl.common.models import DP_MODELS, build_model
@@ -51,8 +51,9 @@ def check(
     # Just above the smallest norm: that record stays as it is, longer ones are cut.
     bound = clip or 1.01 * smallest_norm(reference, x, y)
     scale = 1e-9 if x.dtype == torch.float64 or not x.is_floating_point() else 1e-4
+    counts = Bound(bound), Bound(bound)
     for found, wanted in (
-        (ours.clipped_sum(x, y, sizes, bound), reference.clipped_sum(x, y, sizes, bound)),
+        (ours.clipped_sum(x, y, sizes, counts[0]), reference.clipped_sum(x, y, sizes, counts[1])),
         (ours.total(x, y), reference.total(x, y)),
     ):
         assert found.keys() == wanted.keys()
@@ -61,6 +62,7 @@ def check(
             torch.testing.assert_close(
                 found[name], gradient, rtol=1e-6, atol=scale * max(largest, 1e-3)
             )
+    assert counts[0].within == counts[1].within
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -69,9 +71,15 @@ def test_a_clipped_sum_by_hand(which: int) -> None:
     model = nn.Linear(2, 1, bias=False)
     engine = engines_of(model, mean_output)[which]
     x, y = torch.tensor([[3.0, 4.0], [0.3, 0.4]]), torch.ones(2)
-    assert engine.clipped_sum(x, y, [1, 1], 1.0)["weight"].tolist()[0] == pytest.approx([0.9, 1.2])
-    assert engine.clipped_sum(x, y, [2], 1.0)["weight"].tolist()[0] == pytest.approx([0.6, 0.8])
-    assert engine.clipped_sum(x, y, [2], 9.0)["weight"].tolist()[0] == pytest.approx([1.65, 2.2])
+    assert engine.clipped_sum(x, y, [1, 1], Bound(1.0))["weight"].tolist()[0] == pytest.approx(
+        [0.9, 1.2]
+    )
+    assert engine.clipped_sum(x, y, [2], Bound(1.0))["weight"].tolist()[0] == pytest.approx(
+        [0.6, 0.8]
+    )
+    assert engine.clipped_sum(x, y, [2], Bound(9.0))["weight"].tolist()[0] == pytest.approx(
+        [1.65, 2.2]
+    )
     assert engine.total(x, y)["weight"].tolist()[0] == pytest.approx([3.3, 4.4])
 
 
@@ -99,7 +107,7 @@ def test_engines_draw_the_same_dropout(name: str, make_tried) -> None:
     for engine in engines_of(model, build_loss(study, PRIVATE)):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(7)
-            sums.append(engine.clipped_sum(x, y, [1, 1, 1], 0.1))
+            sums.append(engine.clipped_sum(x, y, [1, 1, 1], Bound(0.1)))
             sums.append(engine.total(x, y))
     for found, wanted in zip(sums[:2], sums[2:], strict=True):
         for key in wanted:
@@ -203,8 +211,8 @@ def test_a_record_that_is_not_a_number_leaves_the_others_as_they_are(
     broken = x.clone()
     broken[1] = value
     for engine in engines_of(model, build_loss(study, PRIVATE)):
-        rest = engine.clipped_sum(x[[0, 2]], y[[0, 2]], [1, 1], 0.5)
-        found = engine.clipped_sum(broken, y, [1, 1, 1], 0.5)
+        rest = engine.clipped_sum(x[[0, 2]], y[[0, 2]], [1, 1], Bound(0.5))
+        found = engine.clipped_sum(broken, y, [1, 1, 1], Bound(0.5))
         moved = {key: found[key] - rest[key] for key in rest}
         assert norm_of(moved) <= 0.5 * (1 + 1e-4)
         assert not any(gradient.requires_grad for gradient in found.values())
@@ -219,8 +227,8 @@ def test_a_broken_record_of_a_patient_with_two_costs_nobody_else(value: float) -
     y, broken = torch.tensor([1.0, 1.0, -2.0, 3.0]), x.clone()
     broken[1] = value
     for engine in engines_of(model, mean_output):
-        rest = engine.clipped_sum(x[[0, 3]], y[[0, 3]], [1, 1], 0.5)
-        found = engine.clipped_sum(broken, y, [1, 2, 1], 0.5)
+        rest = engine.clipped_sum(x[[0, 3]], y[[0, 3]], [1, 1], Bound(0.5))
+        found = engine.clipped_sum(broken, y, [1, 2, 1], Bound(0.5))
         for name, gradient in rest.items():
             torch.testing.assert_close(found[name], gradient)
 
@@ -228,7 +236,7 @@ def test_a_broken_record_of_a_patient_with_two_costs_nobody_else(value: float) -
 def test_a_sum_over_records_that_are_all_broken_is_zero() -> None:
     model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Flatten(), nn.Linear(64, 3))
     x, y = torch.full((2, 16, 2, 2), float("inf")), torch.ones(2)
-    assert norm_of(BookKeeping(model, mean_output).clipped_sum(x, y, [1, 1], 1.0)) == 0
+    assert norm_of(BookKeeping(model, mean_output).clipped_sum(x, y, [1, 1], Bound(1.0))) == 0
 
 
 def test_a_ghost_norm_that_overflows_is_no_small_norm() -> None:
@@ -240,7 +248,7 @@ def test_a_ghost_norm_that_overflows_is_no_small_norm() -> None:
     def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
         return (logits * signs).sum(dim=(1, 2)).mean()
 
-    found = BookKeeping(model, loss_of).clipped_sum(x, torch.ones(2), [1, 1], 1.0)
+    found = BookKeeping(model, loss_of).clipped_sum(x, torch.ones(2), [1, 1], Bound(1.0))
     assert norm_of(found) <= 1.0 + 1e-5
 
 
@@ -302,14 +310,14 @@ def test_a_model_that_no_rule_covers_is_left_to_the_reference(model: nn.Module) 
     chosen = engine_for(model, mean_output)
     parameters = dict(model.named_parameters())
     reference = Materialised(parameters, per_record_gradients(model, mean_output))
-    wanted = reference.clipped_sum(x, y, [1, 1], 0.7)
+    wanted = reference.clipped_sum(x, y, [1, 1], Bound(0.7))
     for _ in range(2):
-        found = chosen.clipped_sum(x, y, [1, 1], 0.7)
+        found = chosen.clipped_sum(x, y, [1, 1], Bound(0.7))
         for name, gradient in wanted.items():
             torch.testing.assert_close(found[name], gradient)
     assert chosen.name == "functorch"
     with pytest.raises(NotCoveredError):
-        BookKeeping(model, mean_output).clipped_sum(x, y, [1, 1], 0.7)
+        BookKeeping(model, mean_output).clipped_sum(x, y, [1, 1], Bound(0.7))
     assert "forward" not in vars(model)
     assert all(p.requires_grad for p in model.parameters())
 
@@ -326,8 +334,8 @@ def test_frozen_weights_have_no_gradient_and_the_norm_is_that_of_the_others() ->
 def test_no_layer_stays_changed() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.GroupNorm(1, 3))
     engine = BookKeeping(model, mean_output)
-    engine.clipped_sum(torch.ones(2, 2), torch.ones(2), [1, 1], 1.0)
+    engine.clipped_sum(torch.ones(2, 2), torch.ones(2), [1, 1], Bound(1.0))
     with pytest.raises(RuntimeError):
-        engine.clipped_sum(torch.ones(2, 5), torch.ones(2), [1, 1], 1.0)
+        engine.clipped_sum(torch.ones(2, 5), torch.ones(2), [1, 1], Bound(1.0))
     assert all("forward" not in vars(layer) for layer in model.modules())
     assert all(p.grad is None for p in model.parameters())

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from medfl.client.training import private
+from medfl.client.training.engines.engine import Bound
 from medfl.client.training.engines.materialised import clipped_sum, per_record_gradients
 from medfl.client.training.loop import train
 from medfl.client.training.plan import DpPlan, TrainPlan
@@ -31,7 +32,7 @@ PLAN = TrainPlan(round=1, rounds=1, seed=3, dp=SILENT)
 def test_clipping_scales_each_record_by_its_norm_over_all_parameters() -> None:
     # Norms 5 and 0.5: the first shrinks to norm 1, the second stays.
     gradients = {"a": torch.tensor([[3.0], [0.3]]), "b": torch.tensor([[-4.0], [0.4]])}
-    total = clipped_sum(gradients, clip=1.0)
+    total = clipped_sum(gradients, Bound(1.0))
     assert total["a"].tolist() == pytest.approx([0.6 + 0.3])
     assert total["b"].tolist() == pytest.approx([-0.8 + 0.4])
 
@@ -41,14 +42,14 @@ def test_no_record_moves_the_sum_by_more_than_the_bound() -> None:
     gradients = {"w": torch.randn(50, 7, 3, generator=generator) * 10, "b": torch.randn(50, 2)}
     for record in range(50):
         alone = {name: g[record : record + 1].clone() for name, g in gradients.items()}
-        norm = sum(float((g**2).sum()) for g in clipped_sum(alone, 0.7).values()) ** 0.5
+        norm = sum(float((g**2).sum()) for g in clipped_sum(alone, Bound(0.7)).values()) ** 0.5
         assert norm <= 0.7 * (1 + 1e-6)
 
 
 def test_a_gradient_that_is_not_a_number_counts_as_zero() -> None:
     gradients = {"a": torch.tensor([[float("nan")], [0.3]]), "b": torch.tensor([[1.0], [0.4]])}
-    assert clipped_sum(gradients, 1.0)["a"].tolist() == pytest.approx([0.3])
-    assert clipped_sum({"a": torch.zeros(3, 2)}, 1.0)["a"].tolist() == [0, 0]
+    assert clipped_sum(gradients, Bound(1.0))["a"].tolist() == pytest.approx([0.3])
+    assert clipped_sum({"a": torch.zeros(3, 2)}, Bound(1.0))["a"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -132,8 +133,7 @@ def test_an_empty_batch_is_a_step_of_noise_with_the_promised_spread(make_study, 
 
 
 def test_noise_is_divided_by_the_expected_batch_not_by_the_drawn_one() -> None:
-    dp = DpPlan(noise_multiplier=2.0, sample_rate=0.5, clip=3.0)
-    ones = noisy_mean({"w": torch.tensor([1.0])}, dp, 10.0, torch.ones_like)
+    ones = noisy_mean({"w": torch.tensor([1.0])}, 6.0, 10.0, torch.ones_like)
     assert float(ones["w"]) == pytest.approx((1 + 6) / 10)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from medfl.client.training import private
 from medfl.client.training.caseset import CaseSet
+from medfl.client.training.engines.engine import Bound
 from medfl.client.training.engines.materialised import (
     Materialised,
     clipped_sum,
@@ -46,7 +47,7 @@ def summed(cases: CaseSet, patients: list[str], at_once: int = 64) -> np.ndarray
     units = [u for u in units_of(cases, "patient") if cases.patients[u[0]] in patients]
     weights = {"w": torch.nn.Parameter(torch.zeros(3))}
     engine = Materialised(weights, lambda _, x, y: {"w": x})
-    total = sum_of_units(units, at_once, weights, engine, fetch, CLIP)
+    total = sum_of_units(units, at_once, weights, engine, fetch, Bound(CLIP))
     return total["w"].double().numpy()
 
 
@@ -126,7 +127,7 @@ def test_the_step_draws_patients_and_not_their_images(make_study) -> None:
     each = gradients_of(values, torch.from_numpy(cases.inputs), torch.from_numpy(cases.targets))
     for rows in ([0], [1, 2], [3, 4, 5], [6, 7, 8, 9]):
         means.append({n: g[rows].mean(dim=0, keepdim=True) for n, g in each.items()})
-    total = {n: sum(clipped_sum(m, CLIP)[n] for m in means) for n in values}
+    total = {n: sum(clipped_sum(m, Bound(CLIP))[n] for m in means) for n in values}
     for name, weight in get_weights(model).items():
         np.testing.assert_allclose(weight, -total[name].numpy() / 4, atol=1e-6)
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from medfl.client.training.engines.engine import (
+    Bound,
     Loss,
     NotCoveredError,
-    clip_factors,
     squared_norms,
 )
 from medfl.client.training.engines.ghosts import Tape, Units
@@ -43,7 +43,7 @@ class BookKeeping:
         self._layers = covered_layers(model)
 
     def clipped_sum(
-        self, inputs: Tensor, targets: Tensor, sizes: Sequence[int], clip: float
+        self, inputs: Tensor, targets: Tensor, sizes: Sequence[int], bound: Bound
     ) -> Gradients:
         """As `Engine.clipped_sum`."""
         tape = Tape(Units.of(sizes, inputs.device))
@@ -54,7 +54,7 @@ class BookKeeping:
         del loss
         if not tape.units.alone:
             made = {name: tape.units.means(g) for name, g in made.items()}
-        return _clipped(made, tape, self._parameters(), clip)
+        return _clipped(made, tape, self._parameters(), bound)
 
     def total(self, inputs: Tensor, targets: Tensor) -> Gradients:
         """As `Engine.total`: nothing is clipped, so a plain backward pass does."""
@@ -149,7 +149,7 @@ def _once(path: str, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], 
 
 @torch.no_grad()
 def _clipped(
-    made: Gradients, tape: Tape, parameters: Mapping[str, Tensor], clip: float
+    made: Gradients, tape: Tape, parameters: Mapping[str, Tensor], bound: Bound
 ) -> Gradients:
     """The clipped sum from the gradients that were made and the layers whose were not."""
     summed = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -159,7 +159,7 @@ def _clipped(
     ]
     if not squares:
         return summed
-    factors = clip_factors(torch.stack(squares).sum(dim=0).sqrt(), clip)
+    factors = bound.factors(torch.stack(squares).sum(dim=0).sqrt())
     bad = factors == 0
     any_bad = bool(bad.any())
     for names, block in blocks.items():

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from medfl.client.training.engines.bookkeeping import BookKeeping
-from medfl.client.training.engines.engine import Engine, Loss, NotCoveredError
+from medfl.client.training.engines.engine import Bound, Engine, Loss, NotCoveredError
 from medfl.client.training.engines.materialised import Materialised, per_record_gradients
 from medfl.client.training.units import Gradients
 
@@ -48,15 +48,15 @@ class _WithReserve:
         return self._engine.name
 
     def clipped_sum(
-        self, inputs: Tensor, targets: Tensor, sizes: Sequence[int], clip: float
+        self, inputs: Tensor, targets: Tensor, sizes: Sequence[int], bound: Bound
     ) -> Gradients:
         """As `Engine.clipped_sum`."""
         try:
-            return self._engine.clipped_sum(inputs, targets, sizes, clip)
+            return self._engine.clipped_sum(inputs, targets, sizes, bound)
         except NotCoveredError as error:
             self._engine = self._reserve
             log.info("gradients by %s: %s", self.name, error)
-        return self._engine.clipped_sum(inputs, targets, sizes, clip)
+        return self._engine.clipped_sum(inputs, targets, sizes, bound)
 
     def total(self, inputs: Tensor, targets: Tensor) -> Gradients:
         """As `Engine.total`."""

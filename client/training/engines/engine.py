@@ -17,6 +17,23 @@ class NotCoveredError(Exception):
     """An engine has no rule for something in the model; another engine must take it."""
 
 
+class Bound:
+    """The bound on the norm of a unit's gradient. within: units that needed no clipping so far."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.within = 0
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """(units,) -> min(1, bound / norm); 0 for a unit whose norm is not a number.
+
+        Such a unit must not escape the bound; its gradient is zeroed as well: 0 · inf is none.
+        """
+        self.within += int((norms <= self.value).sum())
+        # bound / max(norm, bound) is min(1, bound / norm) without a division by zero.
+        return torch.where(torch.isfinite(norms), self.value / norms.clamp_min(self.value), 0.0)
+
+
 class Engine(Protocol):
     """Gradients of a model's trainable parameters, as they are at the time of the call."""
 
@@ -25,9 +42,9 @@ class Engine(Protocol):
         """For the log."""
 
     def clipped_sum(
-        self, inputs: Tensor, targets: Tensor, sizes: Sequence[int], clip: float
+        self, inputs: Tensor, targets: Tensor, sizes: Sequence[int], bound: Bound
     ) -> Gradients:
-        """Σ over units of g · min(1, clip / ‖g‖), g the mean gradient of the unit's records.
+        """Σ over units of g · min(1, bound / ‖g‖), g the mean gradient of the unit's records.
 
         inputs (B, ...), targets (B, ...): the records of all units, one unit after another.
         sizes: records of each unit; their sum is B. A unit whose gradient is not a number counts
@@ -36,15 +53,6 @@ class Engine(Protocol):
 
     def total(self, inputs: Tensor, targets: Tensor) -> Gradients:
         """Σ over records of the gradient, not clipped: a part of one unit's mean."""
-
-
-def clip_factors(norms: Tensor, clip: float) -> Tensor:
-    """(units,) -> min(1, clip / norm); 0 for a unit whose norm is not a number.
-
-    Such a unit must not escape the bound; its gradient is zeroed as well, since 0 · inf is none.
-    """
-    # clip / max(norm, clip) is min(1, clip / norm) without a division by zero.
-    return torch.where(torch.isfinite(norms), clip / norms.clamp_min(clip), 0.0)
 
 
 def squared_norms(t: Tensor) -> Tensor:

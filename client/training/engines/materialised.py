@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from medfl.client.training.engines.engine import Loss, clip_factors
+from medfl.client.training.engines.engine import Bound, Loss
 from medfl.client.training.units import Gradients, mean_by_unit
 
 PerRecord = Callable[[Mapping[str, Tensor], Tensor, Tensor], Gradients]
@@ -27,11 +27,11 @@ class Materialised:
         self._parameters, self._gradients_of = parameters, gradients_of
 
     def clipped_sum(
-        self, inputs: Tensor, targets: Tensor, sizes: Sequence[int], clip: float
+        self, inputs: Tensor, targets: Tensor, sizes: Sequence[int], bound: Bound
     ) -> Gradients:
         """As `Engine.clipped_sum`."""
         gradients = self._gradients_of(self._values(), inputs, targets)
-        return clipped_sum(mean_by_unit(gradients, sizes), clip)
+        return clipped_sum(mean_by_unit(gradients, sizes), bound)
 
     def total(self, inputs: Tensor, targets: Tensor) -> Gradients:
         """As `Engine.total`."""
@@ -55,8 +55,8 @@ def per_record_gradients(model: nn.Module, loss_of: Loss) -> PerRecord:
     return vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different")
 
 
-def clipped_sum(gradients: Gradients, clip: float) -> Gradients:
-    """Σ over units of g · min(1, clip / ‖g‖), the norm over all parameters together.
+def clipped_sum(gradients: Gradients, bound: Bound) -> Gradients:
+    """Σ over units of g · min(1, bound / ‖g‖), the norm over all parameters together.
 
     A unit whose gradient is not a number counts as zero. Changes `gradients` there.
     """
@@ -65,5 +65,5 @@ def clipped_sum(gradients: Gradients, clip: float) -> Gradients:
     if bool(bad.any()):
         for gradient in gradients.values():
             gradient[bad] = 0.0
-    factors = clip_factors(norms, clip)
+    factors = bound.factors(norms)
     return {name: torch.tensordot(factors, g, dims=1) for name, g in gradients.items()}
