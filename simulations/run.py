@@ -176,10 +176,13 @@ def _wait(futures: Collection[Future[Outcome]]) -> None:
 
 def preload(study: Study) -> None:
     """Import here what every worker needs, so that a fork shares it."""
+    from medfl.common.models import MODELS
+
     needed = [
         "medfl.client.training.loop",
         "medfl.client.training.predict",
         "medfl.common.models",
+        MODELS[study.model.name].needs,
     ]
     if study.evaluation.split == "shuffled":
         needed.append("sklearn.model_selection")

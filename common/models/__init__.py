@@ -37,24 +37,27 @@ log = logging.getLogger(__name__)
 _SMALL = 2**13
 
 # Channels last where a step is faster by it: 0.6 of the time for the small CNN, because torch's max
-# pooling uses the processor's vectors in this order alone; 0.84 to 0.94 for the ResNets, 0.92 to
-# 0.98 for DenseNet121 (one core, 28 to 64 pixels a side). The U-Nets take 0.88 to 1.16, 3-D 0.96 to
-# 1.12. Not under differential privacy, whose engine folds the records of a batch into channels.
+# pooling uses the processor's vectors in this order alone; 0.84 to 0.94 for the ResNets (one core,
+# 64 pixels a side). DenseNet121's whole runs gain nothing, the U-Nets' steps take 0.88 to 1.16, 3-D
+# 0.96 to 1.12. Not under differential privacy, whose engine folds a batch's records into channels.
+_NETS = "monai.networks.nets."
 MODELS: dict[str, ModelEntry] = {
     "logistic": ModelEntry(logistic.build, ("image", "record"), "scores"),
     "mlp": ModelEntry(mlp.build, ("image", "record"), "scores"),
     "cnn": ModelEntry(cnn.build, ("image",), "scores", channels_last=True),
     "strided_cnn": ModelEntry(strided_cnn.build, ("image",), "scores"),
-    "densenet": ModelEntry(densenet.build, ("image",), "scores", channels_last=True),
-    "densenet121": ModelEntry(densenet.build_121, ("image",), "scores", channels_last=True),
-    "resnet10": ModelEntry(resnet.build_10, ("image",), "scores", channels_last=True),
-    "resnet18": ModelEntry(resnet.build_18, ("image",), "scores", channels_last=True),
-    "resnet34": ModelEntry(resnet.build_34, ("image",), "scores", channels_last=True),
-    "resnet50": ModelEntry(resnet.build_50, ("image",), "scores", channels_last=True),
-    "unet": ModelEntry(unet.build, ("image",), "masks"),
-    "basic_unet": ModelEntry(basic_unet.build, ("image",), "masks"),
-    "segresnet": ModelEntry(segresnet.build, ("image",), "masks"),
-    "attention_unet": ModelEntry(attention_unet.build, ("image",), "masks"),
+    "densenet": ModelEntry(densenet.build, ("image",), "scores", False, _NETS + "densenet"),
+    "densenet121": ModelEntry(densenet.build_121, ("image",), "scores", False, _NETS + "densenet"),
+    "resnet10": ModelEntry(resnet.build_10, ("image",), "scores", True, _NETS + "resnet"),
+    "resnet18": ModelEntry(resnet.build_18, ("image",), "scores", True, _NETS + "resnet"),
+    "resnet34": ModelEntry(resnet.build_34, ("image",), "scores", True, _NETS + "resnet"),
+    "resnet50": ModelEntry(resnet.build_50, ("image",), "scores", True, _NETS + "resnet"),
+    "unet": ModelEntry(unet.build, ("image",), "masks", False, _NETS + "unet"),
+    "basic_unet": ModelEntry(basic_unet.build, ("image",), "masks", False, _NETS + "basic_unet"),
+    "segresnet": ModelEntry(segresnet.build, ("image",), "masks", False, _NETS + "segresnet"),
+    "attention_unet": ModelEntry(
+        attention_unet.build, ("image",), "masks", False, _NETS + "attentionunet"
+    ),
 }
 
 # Every one passes tests of per-record gradients against one backward pass a record.

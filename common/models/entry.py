@@ -50,12 +50,14 @@ class ModelEntry:
     build: (Shape, *, options...) -> module; its keyword-only arguments are the study's options.
     inputs, output: what it can serve.
     channels_last: whether 2-D weights lie with their channels last in memory.
+    needs: the module that `build` imports, seconds of work for MONAI's.
     """
 
     build: Callable[..., nn.Module]
     inputs: tuple[Input, ...]
     output: Output
     channels_last: bool = False
+    needs: str = "torch"
 
 
 def shape_of(study: Study, n_features: int | None = None) -> Shape:
