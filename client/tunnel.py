@@ -27,7 +27,7 @@ from medfl.client.heartbeat import survivable
 from medfl.client.objects import shelved, unshelved
 from medfl.common import tunnel
 from medfl.common.errors import FederationError
-from medfl.common.shelf import Shelf
+from medfl.common.shelf import LARGE, Shelf
 from medfl.common.tunnel import Answer, Call
 
 log = logging.getLogger(__name__)
@@ -61,9 +61,8 @@ class Forwarder:
         self.stopping = threading.Event()
         self.heard = time.monotonic()
         self._fetch = _Fetch()
-        self._ask: Any = channel.unary_unary(
-            tunnel.METHOD, request_serializer=None, response_deserializer=None
-        )
+        self._ask: Any = channel.unary_unary(tunnel.METHOD)
+        self._upload: Any = channel.stream_unary(tunnel.UPLOAD)
         self._server: _Server | None = None
 
     def start(self) -> str:
@@ -137,7 +136,12 @@ class Forwarder:
     def _once(self, call: Call, limit_s: float, tick: Tick) -> Answer | None:
         """One attempt; None where the line or the coordinator is down."""
         timeout_s = _HELD_TIMEOUT_S if call.path == tunnel.PULL else _TIMEOUT_S
-        asked = self._ask.future(tunnel.encode(call), timeout=min(timeout_s, limit_s))
+        timeout_s = min(timeout_s, limit_s)
+        if call.path == tunnel.PUSH_OBJECT and len(call.body) >= LARGE:
+            pieces = [tunnel.encode(replace(call, body=b"")), call.body]
+            asked = self._upload.future(iter(pieces), timeout=timeout_s)
+        else:
+            asked = self._ask.future(tunnel.encode(call), timeout=timeout_s)
         try:
             while True:
                 try:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 from flwr.app import Array, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.app.message.arraychunk import ArrayChunk
@@ -35,6 +36,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents,
 )
 
+from medfl.common import resting
 from medfl.common.errors import FederationError, StorageError
 from medfl.common.flower_records import fill
 from medfl.common.shelf import LARGE, Shelf, sha256, ticket
@@ -128,17 +130,22 @@ class Malformed(FederationError):
     """A reply that is no message of a size that was asked for."""
 
 
-def arrived(tree: ObjectTree, fetch: Callable[[str], bytes], max_bytes: int) -> Message:
+def arrived(
+    tree: ObjectTree, fetch: Callable[[str], bytes], max_bytes: int, *, rests: bool = False
+) -> Message:
     """The message whose objects `fetch` gives, each large array put together as its chunks come.
 
+    rests: large arrays take no memory until they are looked at (`medfl.common.resting`).
+
     Raises:
+        StorageError: the disk has no room for an array that rests.
         Malformed: they make no message, or one of more than `max_bytes`: an array may name one
             chunk any number of times, so that little that was sent becomes much in memory.
     """
     announced = {node.object_id for node in iterate_object_tree(tree)}
     small: dict[str, bytes] = {}
     arrays: dict[str, InflatableObject] = {}
-    buffers: dict[bytes, bytearray | memoryview] = {}
+    buffers: dict[bytes, memoryview] = {}
     left, used = [tree.object_id], 0
     try:
         while left:
@@ -150,7 +157,7 @@ def arrived(tree: ObjectTree, fetch: Callable[[str], bytes], max_bytes: int) -> 
             content = fetch(object_id)
             kind, children, _ = get_object_head_values_from_object_content(content)
             if kind == Array.__qualname__:
-                whole, form = _whole(content, children, fetch, max_bytes - used)
+                whole, form = _whole(content, children, fetch, max_bytes - used, rests)
                 buffers[key := object_id.encode()] = whole
                 arrays[object_id] = Array("uint8", (len(whole),), form, key)
                 used += len(whole)
@@ -171,8 +178,8 @@ def arrived(tree: ObjectTree, fetch: Callable[[str], bytes], max_bytes: int) -> 
 
 
 def _whole(
-    content: bytes, children: list[str], fetch: Callable[[str], bytes], room: int
-) -> tuple[bytearray, str]:
+    content: bytes, children: list[str], fetch: Callable[[str], bytes], room: int, rests: bool
+) -> tuple[memoryview, str]:
     """An array's bytes, each chunk copied to its place as it comes, and how to read them.
 
     Raises:
@@ -185,7 +192,8 @@ def _whole(
     if size > room:
         raise Malformed("An answer would take more memory than an update can.")
     order = [children[i] for i in about["arraychunk_ids"]]
-    buffer, at = bytearray(size), 0
+    made = resting.zeros({"": (size,)}, np.uint8)[""] if rests else np.empty(size, np.uint8)
+    buffer, at = made.data, 0
     for chunk in _ahead(order, fetch):
         body = memoryview(chunk)[chunk.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :]
         if get_object_type_from_object_content(chunk) != ArrayChunk.__qualname__:
@@ -193,6 +201,7 @@ def _whole(
         if not 0 < len(body) <= size - at:
             raise ValueError("chunks of another size")
         buffer[at : at + len(body)] = body
+        resting.let_go(made, at, at + len(body))
         at += len(body)
     if at != size:
         raise ValueError("chunks of another size")

@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from medfl.common import resting
 from medfl.common.errors import FederationError
 from medfl.common.tensors import Array, Tensors
 
@@ -121,6 +122,7 @@ def unpack(packed: Tensors, shapes: Shapes) -> dict[str, Array]:
     flat = {name: np.empty(math.prod(shape), dtype=np.float32) for name, shape in shapes.items()}
     for number, (pieces, size) in enumerate(zip(segments, sizes, strict=True)):
         raw = _decompressed(packed[str(number)], size)
+        resting.let_go(packed[str(number)])
         for piece, values in _decoded(raw, pieces, head.kind):
             flat[piece.name][piece.start : piece.stop] = values
     return {name: flat[name].reshape(shape) for name, shape in shapes.items()}

@@ -109,9 +109,8 @@ def _pages(array: NDArray[Any], start: int, stop: int) -> tuple[mmap.mmap, int, 
 
 def _map_of(array: NDArray[Any]) -> mmap.mmap | None:
     base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    base = base.obj if isinstance(base, memoryview) else base
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
     return base if isinstance(base, mmap.mmap) else None
 
 

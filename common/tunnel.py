@@ -1,7 +1,8 @@
 """What travels through the tunnel between SuperNode and SuperLink: one HTTP call and its answer.
 
 Four bytes of length (big endian), a JSON object of that length, then the raw body. gRPC carries it
-as one unary call with bytes in and bytes out, so that neither side needs generated code.
+as one unary call with bytes in and bytes out, so that neither side needs generated code. A large
+object's body comes as a piece of its own, which the coordinator does not read before it has room.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from types import MappingProxyType
 
 from medfl.common.errors import FederationError
 
-METHOD = "/medfl.Tunnel/Call"
+METHOD, UPLOAD = "/medfl.Tunnel/Call", "/medfl.Tunnel/Upload"
 MIB = 1024 * 1024
 # Flower cuts what it sends into objects of at most 5 MiB.
 MAX_BODY = 6 * MIB

@@ -143,7 +143,7 @@ class LinkGrid(HttpGrid):
             kept = self._shelf.read(object_id)
             return redeemed(self._shelf, object_id, pull(object_id)) if kept is None else kept
 
-        message = arrived(tree, _patient(fetch, given_up), max_bytes)
+        message = arrived(tree, _patient(fetch, given_up), max_bytes, rests=True)
         self.calls.ConfirmMessageReceived(
             message_pb2.ConfirmMessageReceivedRequest(
                 node=self.node, run_id=about.run_id, message_object_id=about.message_id

@@ -68,14 +68,25 @@ class Parcels:
         with self._lock:
             self._wanted = dict.fromkeys(object_ids)
 
-    def fetch(self, request: Any, body: bytes, ask: Ask, shelf: Shelf | None) -> Answer:
-        """The answer to a pull-object call; 403, as where the run is over, if it is not theirs."""
+    def fetch(
+        self,
+        request: Any,
+        body: bytes,
+        ask: Ask,
+        shelf: Shelf | None,
+        room: Callable[[], None] = lambda: None,
+    ) -> Answer:
+        """The answer to a pull-object call; 403, as where the run is over, if it is not theirs.
+
+        room: waits until there is room for an object in memory.
+        """
         object_id = str(request.object_id)
         with self._lock:
             if not any(object_id in ids for ids in self._given.values()):
                 return Answer(403)
             lately = time.monotonic() - self._alive < _ALIVE_S
-        if lately and shelf is not None:
+        if lately and shelf is not None and shelf.has(object_id):
+            room()
             content = shelf.read(object_id)
             if content is not None:
                 return Answer(200, _PROTOBUF, nodes.available(len(content)), content)
@@ -87,6 +98,7 @@ class Parcels:
             with self._lock:
                 self._alive = time.monotonic()
             if shelf is not None and nodes.is_ticket(answer.body, object_id):
+                room()
                 content = shelf.read(object_id)
                 if content is not None:
                     return Answer(200, answer.headers, nodes.available(len(content)), content)

@@ -12,8 +12,9 @@ import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from medfl.server import nodes
 from medfl.server.nodes import NodeKey
 from medfl.server.parcels import Parcels
 from medfl.server.register import Roster
+from medfl.server.room import Room
 from medfl.server.sessions import Sessions
 
 log = logging.getLogger(__name__)
@@ -54,18 +56,44 @@ def fleet_handlers(gate: Gate, site_of: SiteOf) -> grpc.GenericRpcHandler:
     `tunnel.GRPC_OPTIONS` and at least two threads a site, because pulls are held.
     """
 
-    def call(raw: bytes, context: grpc.ServicerContext) -> bytes:
+    room = Room()
+
+    def answered(read: Callable[[], Call], context: grpc.ServicerContext) -> bytes:
         site = site_of(context)
         try:
-            return tunnel.encode(gate.answer(site, tunnel.decode_call(raw), context.is_active))
+            answer = gate.answer(site, read(), context.is_active, partial(room.take, context))
+            return tunnel.encode(answer)
         except FederationError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             raise  # abort never returns
 
+    def call(raw: bytes, context: grpc.ServicerContext) -> bytes:
+        return answered(lambda: tunnel.decode_call(raw), context)
+
+    def upload(pieces: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        return answered(lambda: _uploaded(pieces, partial(room.take, context)), context)
+
     service, method = tunnel.METHOD.strip("/").split("/")
     return grpc.method_handlers_generic_handler(
-        service, {method: grpc.unary_unary_rpc_method_handler(call)}
+        service,
+        {
+            method: grpc.unary_unary_rpc_method_handler(call),
+            tunnel.UPLOAD.rsplit("/", 1)[1]: grpc.stream_unary_rpc_method_handler(upload),
+        },
     )
+
+
+def _uploaded(pieces: Iterator[bytes], room: Callable[[], None]) -> Call:
+    """A push-object call; its body, the second piece, is read once there is room for it.
+
+    Raises:
+        FederationError: it is another call, or malformed.
+    """
+    call = tunnel.decode_call(next(pieces, b""))
+    if call.path != tunnel.PUSH_OBJECT or call.body:
+        raise FederationError("Only the body of a push-object call may come in a piece of its own.")
+    room()
+    return replace(call, body=next(pieces, b""))
 
 
 class _Guest:
@@ -110,8 +138,17 @@ class Gate:
         self._bulk = threading.BoundedSemaphore(_AT_ONCE)
         self._idle: deque[http.client.HTTPConnection] = deque()
 
-    def answer(self, site: str, call: Call, active: Callable[[], bool] = lambda: True) -> Answer:
-        """What the site gets. Raises FederationError for a body that Flower does not know."""
+    def answer(
+        self,
+        site: str,
+        call: Call,
+        active: Callable[[], bool] = lambda: True,
+        room: Callable[[], None] = lambda: None,
+    ) -> Answer:
+        """What the site gets. Raises FederationError for a body that Flower does not know.
+
+        active: whether somebody still waits for it. room: waits for room for a large object.
+        """
         limit = tunnel.ALLOWED.get(call.path)
         if limit is None:
             log.warning("site=%s asked for a path that is not open to hospitals", site)
@@ -125,14 +162,14 @@ class Gate:
             log.warning("site=%s: a second client with the same certificate waits", site)
             return Answer(503 if arriving else 401)
         if name not in _ONCE:
-            return self._checked(site, guest, name, call, active)
+            return self._checked(site, guest, name, call, active, room)
         generation = guest.generation
         with guest.pulling if name == "pull-messages" else guest.once:
             if generation != guest.generation:
                 return Answer(401)
             if call.id in guest.answers:
                 return guest.answers[call.id]
-            answer = self._checked(site, guest, name, call, active)
+            answer = self._checked(site, guest, name, call, active, room)
             if answer.status not in (0, 503):
                 guest.answers[call.id] = answer
                 while len(guest.answers) > _KEPT_ANSWERS:
@@ -146,7 +183,13 @@ class Gate:
             return self._guests[site]
 
     def _checked(
-        self, site: str, guest: _Guest, name: str, call: Call, active: Callable[[], bool]
+        self,
+        site: str,
+        guest: _Guest,
+        name: str,
+        call: Call,
+        active: Callable[[], bool],
+        room: Callable[[], None],
     ) -> Answer:
         if name in _ARRIVALS:
             return self._arrive(site, guest, name, call)
@@ -165,7 +208,7 @@ class Gate:
             if guest.uploaded > MAX_UPLOAD:
                 log.warning("site=%s uploads more than an update can be; refused", site)
                 return Answer(413)
-        answer = self._work(site, guest, name, call, request, active)
+        answer = self._work(site, guest, name, call, request, active, room)
         if answer.status == 200:
             guest.node_id = next(iter(claimed))
             self._roster.heard(site, guest.node_id)
@@ -202,13 +245,15 @@ class Gate:
         call: Call,
         request: Any,
         active: Callable[[], bool],
+        room: Callable[[], None],
     ) -> Answer:
         if name == "pull-messages":
             return self._held(site, guest, call, active)
-        if name in ("pull-object", "push-object"):
-            move = guest.parcels.fetch if name == "pull-object" else guest.parcels.store
-            ask = partial(self._pass, guest, call)
-            return move(request, call.body, ask, self._shelf)
+        ask = partial(self._pass, guest, call)
+        if name == "pull-object":
+            return guest.parcels.fetch(request, call.body, ask, self._shelf, room)
+        if name == "push-object":
+            return guest.parcels.store(request, call.body, ask, self._shelf)
         return self._pass(guest, call, call.body)
 
     def _held(self, site: str, guest: _Guest, call: Call, active: Callable[[], bool]) -> Answer:

@@ -150,13 +150,18 @@ class SiteProcesses:
         self.channel.close()
 
 
-class _Named(grpc.UnaryUnaryClientInterceptor):
+class _Named(grpc.UnaryUnaryClientInterceptor, grpc.StreamUnaryClientInterceptor):
     def __init__(self, name: str) -> None:
         self._name = name
 
     def intercept_unary_unary(self, continuation, details, request):
-        named = details._replace(metadata=[("site", self._name)])
-        return continuation(named, request)
+        return continuation(self._named(details), request)
+
+    def intercept_stream_unary(self, continuation, details, requests):
+        return continuation(self._named(details), requests)
+
+    def _named(self, details):
+        return details._replace(metadata=[("site", self._name)])
 
 
 def site_of(context: grpc.ServicerContext) -> str:

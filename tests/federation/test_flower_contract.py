@@ -28,6 +28,7 @@ from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.run import Run as FlowerRun
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 
+from medfl.common import resting
 from medfl.common.bundle import study_bundle
 from medfl.common.flower_objects import Malformed, arrived, fixed
 from medfl.common.flower_records import from_record, to_record
@@ -168,15 +169,20 @@ def objects(of: Message) -> dict[str, bytes]:
     return {name: obj.deflate() for name, obj in get_all_nested_objects(of).items()}
 
 
+@pytest.mark.parametrize("rests", [False, True])
 @pytest.mark.parametrize("n", [3, 3_000_000])
-def test_arrays_survive_the_way_through_flowers_objects(n: int) -> None:
+def test_arrays_survive_the_way_through_flowers_objects(
+    n: int, rests: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Small ones travel in the description, large ones in chunks."""
+    monkeypatch.setattr(resting, "IN_MEMORY_BYTES", 8)
     sent = {"w": np.arange(n, dtype=np.float32), "steps": np.asarray(5), "e": np.zeros((0, 2))}
     made = message(sent)
     contents = objects(made)
     assert len(contents) == (3 if n == 3 else 8)
-    got = arrived(get_object_tree(made), contents.__getitem__, 100_000_000)
+    got = arrived(get_object_tree(made), contents.__getitem__, 100_000_000, rests=rests)
     arrays = from_record(got.content).arrays["delta"]
+    assert (resting.rested(arrays) is arrays) == (rests and n > 3)
     assert set(arrays) == set(sent)
     for name, array in sent.items():
         assert arrays[name].dtype == array.dtype

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import grpc
@@ -22,9 +23,10 @@ from hypothesis import strategies as st
 from medfl.client.tunnel import Forwarder, owner_of
 from medfl.common import tunnel
 from medfl.common.errors import FederationError
-from medfl.common.shelf import Shelf, ticket
+from medfl.common.shelf import LARGE, Shelf, ticket
 from medfl.common.tunnel import ALLOWED, Answer, Call, decode_answer, decode_call, encode
 from medfl.server.register import Roster
+from medfl.server.room import Room
 from medfl.server.tunnel import Gate, fleet_handlers
 
 FLEET = "/v1/fleet/"
@@ -642,3 +644,120 @@ def test_nothing_stays_of_an_object_that_the_superlink_does_not_take(keeper, sup
     superlink.plan["push-object"] = lambda body: (403, b"")
     assert keeper.answer("north", send(CHUNK)).status == 403
     assert list(shelf.folder.iterdir()) == []
+
+
+# --- room for large objects ---------------------------------------------------------------------
+
+
+class Held:
+    """Of a gRPC context: what is to happen when the call is over."""
+
+    def __init__(self) -> None:
+        self._after: list[Callable[[], None]] = []
+
+    def add_callback(self, after: Callable[[], None]) -> bool:
+        self._after.append(after)
+        return True
+
+    def end(self) -> None:
+        for after in self._after:
+            after()
+
+
+def test_a_third_object_waits_until_one_of_two_has_gone(monkeypatch) -> None:
+    monkeypatch.setattr("medfl.server.room._FAST_S", 60.0)
+    room, calls = Room(2), [Held(), Held(), Held()]
+    room.take(calls[0])
+    room.take(calls[1])
+    third = threading.Thread(target=room.take, args=(calls[2],))
+    third.start()
+    third.join(timeout=0.3)
+    assert third.is_alive()
+    calls[0].end()
+    third.join(timeout=5)
+    assert not third.is_alive()
+
+
+def test_slow_lines_keep_nobody_waiting_for_longer_than_a_fast_object_takes(monkeypatch) -> None:
+    monkeypatch.setattr("medfl.server.room._FAST_S", 0.4)
+    room = Room(1)
+    room.take(Held())
+    started = time.monotonic()
+    room.take(Held())
+    assert 0.2 < time.monotonic() - started < 3.0
+    time.sleep(0.5)
+    started = time.monotonic()
+    room.take(Held())  # those before it are slow, and not counted
+    assert time.monotonic() - started < 0.2
+
+
+def test_a_call_that_is_over_already_takes_no_room() -> None:
+    class Over(Held):
+        def add_callback(self, after: Callable[[], None]) -> bool:
+            return False
+
+    room = Room(1)
+    room.take(Over())
+    started = time.monotonic()
+    room.take(Held())
+    assert time.monotonic() - started < 0.2
+
+
+def test_a_large_object_goes_up_in_a_piece_of_its_own_and_arrives_whole(
+    keeper, shelf, monkeypatch
+) -> None:
+    far = Far(keeper)
+    taken: list[object] = []
+    monkeypatch.setattr(Room, "take", lambda self, context: taken.append(context))
+    content = os.urandom(LARGE)
+    object_id = hashlib.sha256(content).hexdigest()
+    keeper._guest("north").parcels.want([object_id])
+    body = message_pb2.PushObjectRequest(
+        node=Node(node_id=11), object_id=object_id, object_content=content
+    ).SerializeToString()
+    options = list(tunnel.GRPC_OPTIONS)
+    with grpc.insecure_channel(f"127.0.0.1:{far.port}", options=options) as channel:
+        forwarder = Forwarder(channel, "s")
+        answer = forwarder.forward(tunnel.PUSH_OBJECT, {}, body, lambda: None)
+        assert answer.status == 200
+        assert len(taken) == 1
+        laid = shelf.laid(object_id)
+        assert laid is not None
+        assert laid.read_bytes() == content
+        forwarder.stop()
+    far.stop()
+
+
+def test_uploads_whose_lines_are_cut_give_their_room_back(keeper, monkeypatch) -> None:
+    monkeypatch.setattr("medfl.server.room._FAST_S", 60.0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    far = Far(keeper)
+
+    def pieces(begun: threading.Event) -> Iterator[bytes]:
+        yield encode(call("push-object"))
+        begun.set()
+        time.sleep(1.0)
+
+    for _ in range(2):  # there are two places
+        begun = threading.Event()
+        with grpc.insecure_channel(f"127.0.0.1:{far.port}") as channel:
+            asked = channel.stream_unary(tunnel.UPLOAD).future(pieces(begun))
+            assert begun.wait(10)
+            time.sleep(0.3)
+            asked.cancel()
+    with grpc.insecure_channel(f"127.0.0.1:{far.port}") as channel:
+        whole = [encode(replace(send(b"x" * 9), body=b"")), send(b"x" * 9).body]
+        got = decode_answer(channel.stream_unary(tunnel.UPLOAD)(iter(whole), timeout=20))
+    assert got.status in (200, 403)
+    far.stop()
+
+
+def test_only_an_object_may_come_in_a_piece_of_its_own(line) -> None:
+    far, _, _ = line
+    options = list(tunnel.GRPC_OPTIONS)
+    with grpc.insecure_channel(f"127.0.0.1:{far.port}", options=options) as channel:
+        upload = channel.stream_unary(tunnel.UPLOAD)
+        for pieces in ([], [b"x"], [encode(call("get-run")), b"y"], [encode(pull())]):
+            with pytest.raises(grpc.RpcError) as refused:
+                upload(iter(pieces), timeout=10)
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
