@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -29,13 +27,13 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 
 KEY_BYTES = 32
-# Numbers made at once: their pieces stay in the processor's second cache, and are too few for torch
-# to divide an operation among threads. Even, because numbers are made in pairs.
-_AT_ONCE = 2**14
+# Numbers made at once: their pieces stay in the processor's second cache, and are large enough for
+# torch to use every core that it was given. Even, because numbers are made in pairs.
+AT_ONCE = 2**16
 # A double with this exponent and any 52 bits behind it lies in [1, 2).
 _ONE_TO_TWO = np.uint64(1023 << 52)
 # What is enciphered: the keystream itself comes out.
-_ZEROS = memoryview(bytes(16 * _AT_ONCE))
+_ZEROS = memoryview(bytes(16 * AT_ONCE))
 
 
 def fresh_key() -> bytes:
@@ -57,28 +55,15 @@ class Keystream:
     """
 
     def __init__(self, key: bytes, purpose: str) -> None:
-        if len(key) != KEY_BYTES:
-            raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
-        self._key, self._purpose = key, hashlib.sha256(purpose.encode()).digest()[:8]
-        self._block = 0  # of 64 bytes; a call takes whole ones
+        # The first 8 bytes of the nonce count blocks of 64 bytes, the others are the purpose.
+        nonce = bytes(8) + hashlib.sha256(purpose.encode()).digest()[:8]
+        self._bits = Cipher(ChaCha20(key, nonce), mode=None).encryptor()
 
     def words(self, n: int) -> NDArray[np.uint64]:
         """(n,) uniform 64-bit words."""
-        return self._words_at(self._taken(n), n)
-
-    def _taken(self, n_words: int) -> int:
-        """The first block of as many as hold the words, which are nobody else's from now on."""
-        first = self._block
-        self._block += -(-8 * n_words // 64)
-        return first
-
-    def _words_at(self, block: int, n: int) -> NDArray[np.uint64]:
-        # The first 8 bytes of the nonce count blocks, the others are the purpose.
-        nonce = block.to_bytes(8, "little") + self._purpose
         made = np.empty(n, dtype="<u8")
         zeros = _ZEROS[: 8 * n] if 8 * n <= len(_ZEROS) else bytes(8 * n)
-        bits = Cipher(ChaCha20(self._key, nonce), mode=None).encryptor()
-        bits.update_into(zeros, made.data.cast("B"))
+        self._bits.update_into(zeros, made.data.cast("B"))
         return made
 
     def uniforms(self, n: int) -> NDArray[np.float64]:
@@ -89,19 +74,13 @@ class Keystream:
         return bits.astype(np.float64) * 2.0**-53
 
     def normals(self, n: int) -> NDArray[np.float64]:
-        """(n,) standard normal numbers, by as many threads as torch may use; an odd n leaves one
-        unused."""
+        """(n,) standard normal numbers; an odd n leaves one unused."""
         made = np.empty(n + n % 2)
-        parts = [made[first : first + _AT_ONCE] for first in range(0, len(made), _AT_ONCE)]
-        blocks = [self._taken(2 * len(part)) for part in parts]
-        if len(parts) > 1 and (threads := _threads()) is not None:
-            deque(threads.map(self._fill, parts, blocks), maxlen=0)
-        else:
-            for part, block in zip(parts, blocks, strict=True):
-                self._fill(part, block)
+        for first in range(0, len(made), AT_ONCE):
+            self._fill(made[first : first + AT_ONCE])
         return made[:n]
 
-    def _fill(self, made: NDArray[np.float64], block: int) -> None:
+    def _fill(self, made: NDArray[np.float64]) -> None:
         """(2 m,) in place: twice m pairs of Box and Muller (1958), added up and not halved.
 
         The Gaussian pair is sqrt(-2 ln u) (cos a, sin a); the sum of two has variance 2, so that
@@ -111,7 +90,7 @@ class Keystream:
         import torch
 
         m = len(made) // 2
-        bits = self._words_at(block, 4 * m)
+        bits = self.words(4 * m)
         bits >>= np.uint64(12)
         bits |= _ONE_TO_TWO
         numbers = torch.from_numpy(bits.view(np.float64))
@@ -122,19 +101,3 @@ class Keystream:
         found = torch.from_numpy(made)
         torch.add(along[:m], along[m:], out=found[:m])
         torch.add(across[:m], across[m:], out=found[m:])
-
-
-def _threads() -> ThreadPoolExecutor | None:
-    """As many as torch may use, made anew in a forked process; None for one."""
-    import torch
-
-    wanted = os.getpid(), torch.get_num_threads()
-    if wanted[1] == 1:
-        return None
-    if wanted not in _pools:
-        _pools.clear()
-        _pools[wanted] = ThreadPoolExecutor(wanted[1], thread_name_prefix="noise")
-    return _pools[wanted]
-
-
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}

@@ -11,7 +11,7 @@ import grpc
 
 # A fast line moves an object in this time. A slower one is no longer counted, and who waits for
 # room waits no longer: a hospital far away must not keep the others waiting.
-_FAST_S = 2.0
+_FAST_S = 5.0
 
 
 class Room:

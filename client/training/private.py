@@ -37,14 +37,12 @@ from medfl.client.training.units import (
 from medfl.common.errors import ConfigError
 from medfl.common.losses import build_loss
 from medfl.common.models.norms import has_batch_norm
-from medfl.common.noise import Keystream
+from medfl.common.noise import AT_ONCE, Keystream
 from medfl.common.statistics import Shared
 from medfl.common.study import Study
 
 # Numbers held at once as per-record gradients: 1 GiB of float32.
 MOST_NUMBERS = 2**28
-# Numbers that noise is made for at once.
-_AT_ONCE = 2**18
 
 
 def train_private(
@@ -102,11 +100,9 @@ def noisy_mean(
     Added in float64 and rounded afterwards: the sum's last bits say nothing of the gradient.
     """
     flat = torch.cat([g.reshape(-1) for g in summed.values()])
-    # So many at a time that they are still in the cache when they are added.
-    for piece in torch.split(flat, _AT_ONCE):
-        piece.copy_(
-            normal(piece).double().mul_(sd / expected_batch).add_(piece.div_(expected_batch))
-        )
+    # As many at a time as are made at once: they are still in the cache when they are added.
+    for piece in torch.split(flat, AT_ONCE):
+        piece.copy_(normal(piece).double().mul_(sd).add_(piece).div_(expected_batch))
     parts = torch.split(flat, [g.numel() for g in summed.values()])
     shaped = zip(summed.items(), parts, strict=True)
     return {name: part.reshape(g.shape).to(g.dtype) for (name, g), part in shaped}
