@@ -70,9 +70,10 @@ def loop(weights: Weights, sites: int, rounds: int) -> tuple[Weights, list[float
     return weights, seconds
 
 
-def same(left: Weights, right: Weights, tolerance: float = 1e-5) -> bool:
-    """Whether all parameters are equal to `tolerance`, relative to the largest of their array."""
+def same(left: Weights, right: Weights, tolerance: float = 1e-5, floor: float = 1e-9) -> bool:
+    """Whether all parameters are equal to `tolerance`, relative to the largest of their array, or
+    to `floor`."""
     return left.keys() == right.keys() and all(
-        bool(np.abs(a - right[n]).max() <= tolerance * float(np.abs(a).max()) + 1e-9)
+        bool(np.abs(a - right[n]).max() <= tolerance * float(np.abs(a).max()) + floor)
         for n, a in left.items()
     )
