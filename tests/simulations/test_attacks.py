@@ -51,11 +51,14 @@ def test_what_is_a_patients_own_is_the_whole_of_itself_and_nothing_of_others() -
 
 @pytest.mark.slow
 def test_the_loss_tells_who_was_trained_on_unless_training_was_private() -> None:
-    bare, strong = membership.attack(None, seed=0), membership.attack(1.0, seed=0)
+    bare = membership.attack(None, seed=0)
+    strong = [membership.attack(1.0, seed=seed) for seed in range(8)]
     assert bare.interval[0] > 0.7
-    assert strong.interval[0] < 0.5 < strong.interval[1]
-    assert strong.interval[1] < bare.interval[0]
-    assert strong.auc < membership.best_possible(1.0, membership.DELTA)
+    # Epsilon 1 allows .73, so that the area need not be 1/2; these eight have .545 on average.
+    assert 0.45 < np.mean([told.auc for told in strong]) < 0.6
+    for told in strong:
+        assert told.interval[1] < bare.interval[0]
+        assert told.auc < membership.best_possible(1.0, membership.DELTA)
     # Noise that promises nothing protects nobody: the attack is not fooled by clipping.
     assert membership.attack(1000.0, seed=0).interval[0] > 0.6
 
