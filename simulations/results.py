@@ -17,7 +17,7 @@ from typing import Any
 from medfl.common import tensors
 from medfl.common.errors import StorageError
 from medfl.common.messages import Reply
-from medfl.common.metrics import bounds, default_metrics, mean_over_sites, summarise
+from medfl.common.metrics import default_metrics, intervals, mean_over_sites, summarise
 from medfl.common.metrics.scores import Scores, concatenate, load
 from medfl.common.seeds import derive
 from medfl.common.study import Study
@@ -161,26 +161,26 @@ def summary(
     ]
     tested = [scores for _, scores in sorted(tables.items()) if scores is not None]
     everything = concatenate(tested) if tested else None
-    values, everywhere = _measured(study, everything, names, derive(seed, "bootstrap"))
+    values, bounds = _measured(study, everything, names, derive(seed, "bootstrap"))
     return {
         "sites": [{**s, "epsilon": None, "delta": None} if run.pooled else s for s in sites],
         "mean": mean_over_sites([s["metrics"] for s in sites]),
         "all": values,
-        "all_intervals": everywhere,
+        "all_intervals": bounds,
     }
 
 
 def _site(
     study: Study, reply: Reply, scores: Scores | None, names: tuple[str, ...], seed: int
 ) -> dict[str, Any]:
-    values, around = _measured(study, scores, names, seed)
+    values, bounds = _measured(study, scores, names, seed)
     return {
         "name": reply.site,
         "n_train": reply.counts.get("train"),
         "n_validation": reply.counts.get("validation"),
         "n_test": 0 if scores is None else len(scores),
         "metrics": values,
-        "intervals": around,
+        "intervals": bounds,
         "epsilon": reply.epsilon,
         "delta": reply.target_delta,
         "quarantined": dict(reply.left_out),
@@ -197,7 +197,8 @@ def _measured(
     resamples = study.evaluation.bootstrap
     if not resamples:
         return values, {}
-    return values, dict(bounds(study.task, scores, values, resamples=resamples, seed=seed))
+    around = intervals(study.task, scores, names, resamples=resamples, seed=seed, values=values)
+    return values, dict(around)
 
 
 def site_scores(

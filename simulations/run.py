@@ -181,7 +181,6 @@ def preload(study: Study) -> None:
     needed = [
         "medfl.client.training.loop",
         "medfl.client.training.predict",
-        "medfl.common.models",
         MODELS[study.model.name].needs,
     ]
     if study.evaluation.split == "shuffled":

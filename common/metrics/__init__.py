@@ -168,6 +168,7 @@ def intervals(
     resamples: int,
     seed: int,
     level: float = 0.95,
+    values: Mapping[str, float | None] | None = None,
 ) -> dict[str, tuple[float, float] | None]:
     """Percentile bootstrap intervals (Efron and Tibshirani 1993, chapter 13) over patients.
 
@@ -175,23 +176,12 @@ def intervals(
     independent. Resamples in which a metric is undefined are left out; None where they are half
     or more, where the metric itself is undefined, or with fewer than two patients.
 
+    values: of the names, where they were summarised already.
+
     Raises:
         ConfigError: with every name that this task does not have.
     """
-    values = summarise(task, scores, names)
-    return bounds(task, scores, values, resamples=resamples, seed=seed, level=level)
-
-
-def bounds(
-    task: Task,
-    scores: Scores,
-    values: Mapping[str, float | None],
-    *,
-    resamples: int,
-    seed: int,
-    level: float = 0.95,
-) -> dict[str, tuple[float, float] | None]:
-    """`intervals` of what `summarise` gave."""
+    values = summarise(task, scores, names) if values is None else values
     metrics = {n: m for n, m in _metrics(task, values).items() if values[n] is not None}
     found: dict[str, tuple[float, float] | None] = dict.fromkeys(values)
     if resamples < 1 or len(set(scores.patients)) < 2 or not metrics:

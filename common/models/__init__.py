@@ -46,17 +46,25 @@ MODELS: dict[str, ModelEntry] = {
     "mlp": ModelEntry(mlp.build, ("image", "record"), "scores"),
     "cnn": ModelEntry(cnn.build, ("image",), "scores", channels_last=True),
     "strided_cnn": ModelEntry(strided_cnn.build, ("image",), "scores"),
-    "densenet": ModelEntry(densenet.build, ("image",), "scores", False, _NETS + "densenet"),
-    "densenet121": ModelEntry(densenet.build_121, ("image",), "scores", False, _NETS + "densenet"),
-    "resnet10": ModelEntry(resnet.build_10, ("image",), "scores", True, _NETS + "resnet"),
-    "resnet18": ModelEntry(resnet.build_18, ("image",), "scores", True, _NETS + "resnet"),
-    "resnet34": ModelEntry(resnet.build_34, ("image",), "scores", True, _NETS + "resnet"),
-    "resnet50": ModelEntry(resnet.build_50, ("image",), "scores", True, _NETS + "resnet"),
-    "unet": ModelEntry(unet.build, ("image",), "masks", False, _NETS + "unet"),
-    "basic_unet": ModelEntry(basic_unet.build, ("image",), "masks", False, _NETS + "basic_unet"),
-    "segresnet": ModelEntry(segresnet.build, ("image",), "masks", False, _NETS + "segresnet"),
+    "densenet": ModelEntry(densenet.build, ("image",), "scores", needs=_NETS + "densenet"),
+    "densenet121": ModelEntry(densenet.build_121, ("image",), "scores", needs=_NETS + "densenet"),
+    "resnet10": ModelEntry(
+        resnet.build_10, ("image",), "scores", channels_last=True, needs=_NETS + "resnet"
+    ),
+    "resnet18": ModelEntry(
+        resnet.build_18, ("image",), "scores", channels_last=True, needs=_NETS + "resnet"
+    ),
+    "resnet34": ModelEntry(
+        resnet.build_34, ("image",), "scores", channels_last=True, needs=_NETS + "resnet"
+    ),
+    "resnet50": ModelEntry(
+        resnet.build_50, ("image",), "scores", channels_last=True, needs=_NETS + "resnet"
+    ),
+    "unet": ModelEntry(unet.build, ("image",), "masks", needs=_NETS + "unet"),
+    "basic_unet": ModelEntry(basic_unet.build, ("image",), "masks", needs=_NETS + "basic_unet"),
+    "segresnet": ModelEntry(segresnet.build, ("image",), "masks", needs=_NETS + "segresnet"),
     "attention_unet": ModelEntry(
-        attention_unet.build, ("image",), "masks", False, _NETS + "attentionunet"
+        attention_unet.build, ("image",), "masks", needs=_NETS + "attentionunet"
     ),
 }
 
