@@ -222,8 +222,10 @@ def test_fedprox_pulls_from_the_second_step_on(
             if name == "fedprox":
                 federation["options"] = {"mu": 0.8}
             study = risk_study(training={"local_steps": steps}, federation=federation)
-            # Two weights that move to opposite sides.
-            here = risk_hospital(study, tmp_path, [3, 2, -1], [1, 0, 0], name=f"{name}{steps}")
+            # Two weights that move to opposite sides. One name, hence one order of the cases: sums
+            # of another order have another last bit.
+            folder = tmp_path / f"{name}{steps}"
+            here = risk_hospital(study, folder, [3, 2, -1], [1, 0, 0], name="h")
             d = answer(here, asked(study)).delta
             deltas[name, steps] = np.array([d[W][0, 0], d[B][0]], dtype=np.float64)
     assert np.array_equal(deltas["fedprox", 1], deltas["fedavg", 1])

@@ -182,7 +182,9 @@ def test_frozen_layers_keep_weights_and_running_statistics(make_study, make_case
     train(model, make_cases(study=study, n=5), study, SHARED, PLAN)
     after = get_weights(model)
     same = {n for n in before if np.array_equal(before[n], after[n])}
-    assert same == {n for n in before if n.startswith(("0.", "1."))}
+    # Batch norm takes the mean away, so that a bias before it has the gradient 0, but for rounding.
+    without_gradient = {"4.bias", "8.bias"}
+    assert same - without_gradient == {n for n in before if n.startswith(("0.", "1."))}
 
 
 @pytest.mark.parametrize("name", MODELS)
