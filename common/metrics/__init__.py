@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from medfl.common.errors import ConfigError
 from medfl.common.metrics import resampled
-from medfl.common.metrics.outcomes import Outcomes, outcomes
+from medfl.common.metrics.resampled import Drawn
 from medfl.common.metrics.scores import (
     DICE,
     HD95,
@@ -48,8 +48,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Better = Literal["higher", "lower"]
-Point = Callable[[Task, Scores], float | None]
-Resampled = Callable[[Task, Scores, NDArray[np.float64]], NDArray[np.float64]]
+Resampled = Callable[[Drawn], NDArray[np.float64]]
 
 # Cases x resamples handled at once, so that a large site's bootstrap stays below some 100 MB.
 _CELLS = 2_000_000
@@ -59,68 +58,44 @@ _CELLS = 2_000_000
 class Metric:
     """One metric.
 
-    value: of a site's cases, None where undefined.
-    resampled: the same for weights (R, N) of the cases -> (R,), nan where undefined.
+    resampled: of the cases as they were drawn -> (R,), nan where undefined.
     masks: compares masks, and exists for every foreground class too (`dice_<class>`).
     """
 
-    value: Point
     resampled: Resampled
     better: Better = "higher"
     masks: bool = False
 
 
-def _of_outcomes(
-    many: Callable[[Outcomes, NDArray[np.float64]], NDArray[np.float64]], better: Better = "higher"
-) -> Metric:
-    def resample(task: Task, scores: Scores, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        return many(outcomes(task, scores), weights)
-
-    def one(task: Task, scores: Scores) -> float | None:
-        return _of_all(resample, task, scores) if _usable(scores) else None
-
-    return Metric(one, resample, better)
-
-
-def _of_masks(measure: str, better: Better, only: str | None = None) -> Metric:
+def _of_masks(measure: str, only: str | None = None) -> Resampled:
     """Mean over the cases, then over the foreground classes or of the one named."""
 
-    def resample(task: Task, scores: Scores, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        names = [only] if only else task.classes[1:]
-        columns = [
-            scores.columns[f"{measure}/{n}"] for n in names if f"{measure}/{n}" in scores.columns
-        ]
+    def resample(drawn: Drawn) -> NDArray[np.float64]:
+        found = drawn.scores.columns
+        names = [f"{measure}/{n}" for n in ([only] if only else drawn.task.classes[1:])]
+        columns = [found[name] for name in names if name in found]
         if not columns:
-            return np.full(len(weights), np.nan)
-        means = [resampled.mean_of_defined(column, weights) for column in columns]
+            return np.full(len(drawn.weights), np.nan)
+        means = [resampled.mean_of_defined(column, drawn.weights) for column in columns]
         return resampled.mean_defined(np.stack(means, axis=1))
 
-    def one(task: Task, scores: Scores) -> float | None:
-        return _of_all(resample, task, scores)
-
-    return Metric(one, resample, better, masks=True)
-
-
-def _of_all(resample: Resampled, task: Task, scores: Scores) -> float | None:
-    """The metric itself: every case once."""
-    value = float(resample(task, scores, np.ones((1, len(scores))))[0])
-    return None if np.isnan(value) else value
+    return resample
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": _of_outcomes(resampled.accuracy),
-    "balanced_accuracy": _of_outcomes(resampled.balanced_accuracy),
-    "auroc": _of_outcomes(resampled.auroc),
-    "average_precision": _of_outcomes(resampled.average_precision),
-    "recall": _of_outcomes(resampled.recall),
-    "specificity": _of_outcomes(resampled.specificity),
-    "precision": _of_outcomes(resampled.precision),
-    "f1": _of_outcomes(resampled.f1),
-    "brier": _of_outcomes(resampled.brier, "lower"),
-    "ece": _of_outcomes(resampled.ece, "lower"),
-    DICE: _of_masks(DICE, "higher"),
-    HD95: _of_masks(HD95, "lower"),
-    SURFACE: _of_masks(SURFACE, "lower"),
+    "accuracy": Metric(resampled.accuracy),
+    "balanced_accuracy": Metric(resampled.balanced_accuracy),
+    "auroc": Metric(resampled.auroc),
+    "average_precision": Metric(resampled.average_precision),
+    "recall": Metric(resampled.recall),
+    "specificity": Metric(resampled.specificity),
+    "precision": Metric(resampled.precision),
+    "f1": Metric(resampled.f1),
+    "brier": Metric(resampled.brier, "lower"),
+    "ece": Metric(resampled.ece, "lower"),
+    DICE: Metric(_of_masks(DICE), masks=True),
+    HD95: Metric(_of_masks(HD95), "lower", masks=True),
+    SURFACE: Metric(_of_masks(SURFACE), "lower", masks=True),
 }
 
 
@@ -157,7 +132,12 @@ def summarise(task: Task, scores: Scores, names: Iterable[str]) -> dict[str, flo
     Raises:
         ConfigError: with every name that this task does not have.
     """
-    return {name: m.value(task, scores) for name, m in _metrics(task, names).items()}
+    metrics = _metrics(task, names)
+    if not _usable(task, scores):
+        return dict.fromkeys(metrics)
+    once = Drawn(task, scores, np.ones((1, len(scores))))
+    values = {name: float(metric.resampled(once)[0]) for name, metric in metrics.items()}
+    return {name: None if np.isnan(value) else value for name, value in values.items()}
 
 
 def intervals(
@@ -188,8 +168,9 @@ def intervals(
         return found
     drawn: dict[str, list[NDArray[np.float64]]] = {name: [] for name in metrics}
     for weights in _draws(scores.patients, resamples, seed):
+        block = Drawn(task, scores, weights)
         for name, metric in metrics.items():
-            drawn[name].append(metric.resampled(task, scores, weights))
+            drawn[name].append(metric.resampled(block))
     return found | {name: _percentiles(parts, level) for name, parts in drawn.items()}
 
 
@@ -222,10 +203,14 @@ def _metric(name: str) -> Metric:
     if name in METRICS:
         return METRICS[name]
     measure = next(n for n, m in METRICS.items() if m.masks and name.startswith(f"{n}_"))
-    return _of_masks(measure, METRICS[measure].better, only=name.removeprefix(f"{measure}_"))
+    one = _of_masks(measure, only=name.removeprefix(f"{measure}_"))
+    return Metric(one, METRICS[measure].better, masks=True)
 
 
-def _usable(scores: Scores) -> bool:
+def _usable(task: Task, scores: Scores) -> bool:
+    """Whether there is anything to measure, and it is numbers; masks' scores may be undefined."""
+    if task.kind == "segmentation":
+        return True
     broken = int(np.sum(~np.isfinite(scores.columns["probability"]).all(axis=1)))
     if broken:
         log.warning("cases_without_finite_probability=%d of=%d", broken, len(scores))
@@ -239,7 +224,10 @@ def _draws(patients: Sequence[str], resamples: int, seed: int) -> Iterable[NDArr
     block = max(1, _CELLS // len(patients))
     for start in range(0, resamples, block):
         size = min(block, resamples - start)
-        times = generator.multinomial(len(unique), np.full(len(unique), 1 / len(unique)), size)
+        # Drawn one by one and counted: the same law as a multinomial's, in a tenth of its time.
+        drawn = generator.integers(len(unique), size=(size, len(unique)))
+        drawn += np.arange(size)[:, None] * len(unique)
+        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
         yield times[:, patient_of].astype(np.float64)
 
 
@@ -248,5 +236,7 @@ def _percentiles(parts: Sequence[NDArray[np.float64]], level: float) -> tuple[fl
     defined = values[~np.isnan(values)]
     if 2 * len(defined) <= len(values):
         return None
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    # numpy.quantile's own rule; a call of it takes ten times as long for a thousand numbers.
+    places = (len(defined) - 1) * np.array([(1 - level) / 2, (1 + level) / 2])
+    low, high = np.interp(places, np.arange(len(defined)), np.sort(defined))
     return float(low), float(high)

@@ -1,8 +1,8 @@
-"""Classification metrics, for many weightings of the cases at once.
+"""Metrics for many weightings of the cases at once.
 
-Every function takes `weights` (R, N): how often resample r holds case n; and returns (R,), nan
-where undefined. Weights of one give the metric itself: scikit-learn's, which takes 25 times as long
-and a second to import.
+Every function takes the cases as they were drawn and returns (R,), one value a resample, nan where
+undefined. Weights of one give the metric itself: scikit-learn's, which takes 25 times as long and a
+second to import.
 
 A class that the site's part does not hold is left out of means over classes, so that a hospital
 without melanomas is not marked down for them: recall, precision and F1 need a case of the class,
@@ -13,66 +13,125 @@ the model never predicts counts as precision 0 and F1 0.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medfl.common.metrics.outcomes import Outcomes
+from medfl.common.metrics.outcomes import Outcomes, outcomes
+from medfl.common.metrics.scores import Scores
+from medfl.common.study import Task
 
 BINS = 15
 
 Values = NDArray[np.float64]
-Columns = NDArray[np.bool_]
 Area = Callable[[Values, Values], Values]
 
+_EDGES = np.linspace(0, 1, BINS + 1)[1:-1]
 
-def accuracy(cases: Outcomes, weights: Values) -> Values:
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """The cases of one part of one site, as often as each resample holds them.
+
+    weights: (R, N) whole numbers, so that sums and differences of them are exact. What several
+    metrics need is made once: a site of twenty cases is measured as often as one of thousands.
+    """
+
+    task: Task
+    scores: Scores
+    weights: Values
+
+    @cached_property
+    def cases(self) -> Outcomes:
+        """A classification's cases as questions with yes or no as answer."""
+        return outcomes(self.task, self.scores)
+
+    @cached_property
+    def total(self) -> Values:
+        """(R, 1): cases drawn."""
+        return np.asarray(self.weights.sum(axis=1, keepdims=True))
+
+    @cached_property
+    def found(self) -> Values:
+        """(R, K): cases of each class."""
+        return self.weights @ self.cases.truth
+
+    @cached_property
+    def claimed(self) -> Values:
+        """(R, K): cases predicted to be of each class."""
+        return self.weights @ self.cases.predicted
+
+    @cached_property
+    def correct(self) -> Values:
+        """(R, K): cases of each class predicted so."""
+        return self.weights @ (self.cases.truth & self.cases.predicted)
+
+    @cached_property
+    def absent(self) -> Values:
+        """(R, K): cases not of each class."""
+        return self.total - self.found
+
+    @cached_property
+    def rejected(self) -> Values:
+        """(R, K): cases not of each class, nor predicted to be."""
+        return self.absent - self.claimed + self.correct
+
+    @cached_property
+    def ranked(self) -> list[tuple[Values, Values]]:
+        """A class: weight of its cases and of the others by score, ascending, ties as one step."""
+        cases, found = self.cases, []
+        for k in range(cases.truth.shape[1]):
+            order = np.argsort(cases.probability[:, k], kind="stable")
+            score, truth = cases.probability[order, k], cases.truth[order, k]
+            starts = np.flatnonzero(np.concatenate([[True], score[1:] != score[:-1]]))
+            drawn = self.weights[:, order]
+            all_ = np.add.reduceat(drawn, starts, axis=1)
+            positive = np.add.reduceat(drawn * truth, starts, axis=1)
+            found.append((positive, all_ - positive))
+        return found
+
+
+def accuracy(drawn: Drawn) -> Values:
     """Weighted share of right answers; multi-label: the mean of each label's own."""
-    if cases.one_of_many:
-        right = (cases.truth & cases.predicted).any(axis=1, keepdims=True)
-    else:
-        right = cases.truth == cases.predicted
-    return mean_defined(_ratio(weights @ right, weights.sum(axis=1, keepdims=True)))
+    right = drawn.correct + drawn.rejected
+    if drawn.cases.one_of_many:
+        right = drawn.correct.sum(axis=1, keepdims=True)
+    return mean_defined(_ratio(right, drawn.total))
 
 
-def balanced_accuracy(cases: Outcomes, weights: Values) -> Values:
+def balanced_accuracy(drawn: Drawn) -> Values:
     """Recall over two classes or more; else the mean of recall and specificity, label by label."""
-    found, correct = _found(cases.truth, cases.predicted, weights)
-    if cases.one_of_many:
-        value = mean_defined(_ratio(correct, found))
-        return np.where((found > 0).sum(axis=1) > 1, value, np.nan)
-    absent, rejected = _found(~cases.truth, ~cases.predicted, weights)
-    return mean_defined((_ratio(correct, found) + _ratio(rejected, absent)) / 2)
+    each = _ratio(drawn.correct, drawn.found)
+    if drawn.cases.one_of_many:
+        return np.where((drawn.found > 0).sum(axis=1) > 1, mean_defined(each), np.nan)
+    return mean_defined((each + _ratio(drawn.rejected, drawn.absent)) / 2)
 
 
-def recall(cases: Outcomes, weights: Values) -> Values:
+def recall(drawn: Drawn) -> Values:
     """Found cases of a class over cases of the class."""
-    found, correct = _found(cases.truth, cases.predicted, weights)
-    return mean_defined(_ratio(correct, found))
+    return mean_defined(_ratio(drawn.correct, drawn.found))
 
 
-def specificity(cases: Outcomes, weights: Values) -> Values:
+def specificity(drawn: Drawn) -> Values:
     """Recall of "not this class"."""
-    absent, rejected = _found(~cases.truth, ~cases.predicted, weights)
-    return mean_defined(_ratio(rejected, absent))
+    return mean_defined(_ratio(drawn.rejected, drawn.absent))
 
 
-def precision(cases: Outcomes, weights: Values) -> Values:
+def precision(drawn: Drawn) -> Values:
     """Rightly found over found; 0 where a present class is never predicted."""
-    found, correct = _found(cases.truth, cases.predicted, weights)
-    claimed = weights @ cases.predicted
-    value = np.where(claimed > 0, _ratio(correct, claimed), 0.0)
-    return mean_defined(np.where(found > 0, value, np.nan))
+    value = np.where(drawn.claimed > 0, _ratio(drawn.correct, drawn.claimed), 0.0)
+    return mean_defined(np.where(drawn.found > 0, value, np.nan))
 
 
-def f1(cases: Outcomes, weights: Values) -> Values:
+def f1(drawn: Drawn) -> Values:
     """2 TP / (2 TP + FP + FN)."""
-    found, correct = _found(cases.truth, cases.predicted, weights)
-    value = _ratio(2 * correct, found + weights @ cases.predicted)
-    return mean_defined(np.where(found > 0, value, np.nan))
+    value = _ratio(2 * drawn.correct, drawn.found + drawn.claimed)
+    return mean_defined(np.where(drawn.found > 0, value, np.nan))
 
 
-def auroc(cases: Outcomes, weights: Values) -> Values:
+def auroc(drawn: Drawn) -> Values:
     """Share of (case, other) pairs in the right order, ties counting half (Mann and Whitney)."""
 
     def area(positive: Values, negative: Values) -> Values:
@@ -80,10 +139,10 @@ def auroc(cases: Outcomes, weights: Values) -> Values:
         pairs = positive.sum(axis=1) * negative.sum(axis=1)
         return _ratio((positive * below).sum(axis=1), pairs)
 
-    return _ranked(cases, weights, area)
+    return _by_class(drawn, area)
 
 
-def average_precision(cases: Outcomes, weights: Values) -> Values:
+def average_precision(drawn: Drawn) -> Values:
     """Sum over thresholds of precision times the recall gained there."""
 
     def area(positive: Values, negative: Values) -> Values:
@@ -94,22 +153,23 @@ def average_precision(cases: Outcomes, weights: Values) -> Values:
         value = _ratio(gained.sum(axis=1), hits[:, -1])
         return np.where(negative.sum(axis=1) > 0, value, np.nan)
 
-    return _ranked(cases, weights, area)
+    return _by_class(drawn, area)
 
 
-def brier(cases: Outcomes, weights: Values) -> Values:
+def brier(drawn: Drawn) -> Values:
     """Weighted mean squared error of the probabilities; 0 is perfect.
 
     Binary: of the positive class, 0..1. Multi-class: summed over the classes, 0..2, as Brier
     (1950, "Verification of forecasts expressed in terms of probability") writes it.
     Multi-label: the mean of each label's own.
     """
+    cases = drawn.cases
     error = (cases.truth - cases.probability) ** 2
     each = error.sum(axis=1) if cases.one_of_many else error.mean(axis=1)
-    return _ratio(weights @ each, weights.sum(axis=1))
+    return _ratio(drawn.weights @ each, drawn.total[:, 0])
 
 
-def ece(cases: Outcomes, weights: Values) -> Values:
+def ece(drawn: Drawn) -> Values:
     """Expected calibration error over 15 bins of equal width, (0, 1/15] to (14/15, 1].
 
     Multi-class: confidence of the predicted class against accuracy (Guo et al. 2017, "On
@@ -118,13 +178,12 @@ def ece(cases: Outcomes, weights: Values) -> Values:
     probabilities using Bayesian binning"), because that probability is what a clinician reads.
     Multi-label: the mean of each label's own. The weights move cases between bins' totals.
     """
-    happened, probability = calibration_columns(cases)
-    total = weights.sum(axis=1)
+    happened, probability = calibration_columns(drawn.cases)
     each = []
     for k in range(happened.shape[1]):
         in_bin = bin_of(probability[:, k])[:, None] == np.arange(BINS)  # (N, bins)
-        gaps = weights @ (in_bin * (happened[:, k] - probability[:, k])[:, None])
-        each.append(_ratio(np.abs(gaps).sum(axis=1), total))
+        gaps = drawn.weights @ (in_bin * (happened[:, k] - probability[:, k])[:, None])
+        each.append(_ratio(np.abs(gaps).sum(axis=1), drawn.total[:, 0]))
     return mean_defined(np.stack(each, axis=1))
 
 
@@ -138,11 +197,13 @@ def calibration_columns(cases: Outcomes) -> tuple[NDArray[np.bool_], NDArray[np.
 
 def bin_of(probability: NDArray[np.float64]) -> NDArray[np.intp]:
     """Number of the calibration bin, 0 to 14, of each probability; 0.0 lies in the first."""
-    return np.digitize(probability, np.linspace(0, 1, BINS + 1)[1:-1], right=True)
+    return np.digitize(probability, _EDGES, right=True)
 
 
 def mean_defined(columns: Values) -> Values:
     """Mean over the columns that are not nan: (R, K) -> (R,), nan where none is."""
+    if columns.shape[1] == 1:
+        return columns[:, 0]
     defined = ~np.isnan(columns)
     return _ratio(np.where(defined, columns, 0.0).sum(axis=1), defined.sum(axis=1))
 
@@ -153,23 +214,9 @@ def _ratio(part: Values, whole: NDArray[np.generic]) -> Values:
     return quotient
 
 
-def _found(truth: Columns, predicted: Columns, weights: Values) -> tuple[Values, Values]:
-    """Weight of the cases of each class, and of those predicted so: both (R, K)."""
-    return weights @ truth, weights @ (truth & predicted)
-
-
-def _ranked(cases: Outcomes, weights: Values, area: Area) -> Values:
-    """Mean over the classes of `area`(weight of cases, of others) by score, ties as one step."""
-    each = []
-    for k in range(cases.truth.shape[1]):
-        order = np.argsort(cases.probability[:, k], kind="stable")
-        score, truth = cases.probability[order, k], cases.truth[order, k]
-        starts = np.flatnonzero(np.r_[True, score[1:] != score[:-1]])
-        positive, negative = (
-            np.add.reduceat(weights[:, order] * chosen, starts, axis=1)
-            for chosen in (truth, ~truth)
-        )
-        each.append(area(positive, negative))
+def _by_class(drawn: Drawn, area: Area) -> Values:
+    """Mean over the classes of `area`(weight of cases, of others) by score."""
+    each = [area(positive, negative) for positive, negative in drawn.ranked]
     return mean_defined(np.stack(each, axis=1))
 
 

@@ -22,6 +22,7 @@ from medfl.common.metrics import (
     score_classification,
     summarise,
 )
+from medfl.common.metrics.resampled import Drawn
 from medfl.common.study import Task
 
 BINARY = Task(kind="classification", classes=["benign", "malignant"])
@@ -221,9 +222,10 @@ def test_weighting_a_case_is_the_same_as_having_it_more_than_once(
     target, probability = made_up(task, generator, n)
     times = generator.integers(0, 4, n)
     cases, repeated = scored(target, probability), np.repeat(np.arange(n), times)
+    drawn = Drawn(task, cases, times[None].astype(float))
     written_out = scored(target[repeated], probability[repeated])
     for name, expected in summarise(task, written_out, known_metrics(task)).items():
-        weighted = float(METRICS[name].resampled(task, cases, times[None].astype(float))[0])
+        weighted = float(METRICS[name].resampled(drawn)[0])
         assert weighted == pytest.approx(np.nan if expected is None else expected, nan_ok=True)
 
 
