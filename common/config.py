@@ -7,6 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_args, get_type_hints
 
@@ -69,15 +70,22 @@ def load(path: Path, kind: type[T]) -> T:
 
 def parse(raw: Mapping[str, Any], kind: type[T], source: str) -> T:
     """Turn parsed TOML into `kind`; `source` names the file in the messages. Raises ConfigError."""
+    adapter: TypeAdapter[T] = reader(kind)
     try:
         # As JSON, strict means what a file's reader expects: 1 is a number and text is a path, but
         # "5" and true are not 5 and 1.
-        value = TypeAdapter(kind).validate_json(json.dumps(raw, default=str), strict=True)
+        value = adapter.validate_json(json.dumps(raw, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError([f"{source}: {_line(fault, kind)}" for fault in error.errors()]) from None
     if faults := value.faults():
         raise ConfigError([f"{source}: {fault}" for fault in faults])
     return value
+
+
+@cache
+def reader(kind: type[T]) -> TypeAdapter[T]:
+    """What checks and makes a `kind`; making it takes longer than all its files."""
+    return TypeAdapter(kind)
 
 
 def _line(fault: Any, kind: type) -> str:

@@ -19,6 +19,7 @@ from medfl.simulations.pool import Pool
 
 if TYPE_CHECKING:
     from medfl.server.report.page import Figure
+    from medfl.server.report.run import Run
 
 # What a report of figures imports, most of a second altogether.
 _NEEDED = (
@@ -56,32 +57,37 @@ class Clerk:
 def _prepare() -> None:
     for name in _NEEDED:
         importlib.import_module(name)
+    from medfl.server.report import write
+
+    write.prepare()
 
 
 def _work(task: bytes) -> bytes:
     """Write the report in the folder that is named; nothing where there is an error."""
-    from medfl.server.report.write import draw, write_report
+    from medfl.server.report.page import figures
+    from medfl.server.report.run import read_run
+    from medfl.server.report.write import write
 
-    folder = Path(os.fsdecode(task))
     try:
-        with _copy(folder) as other:
-            drawn = draw(folder, _HALVES[0])
+        run = read_run(Path(os.fsdecode(task)))
+        with _copy(run) as other:
+            drawn = {group: figures(run, group) for group in _HALVES[0]}
             drawn |= _unpacked(other.recv_bytes())
-        return os.fsencode(write_report(folder, drawn))
+        return os.fsencode(write(run, drawn))
     except (MedflError, EOFError):
         return b""
 
 
 @contextmanager
-def _copy(folder: Path) -> Iterator[Connection]:
+def _copy(run: Run) -> Iterator[Connection]:
     """A copy of this process, from which the other half of the figures comes, or nothing."""
-    from medfl.server.report.write import draw
+    from medfl.server.report.page import figures
 
     ours, theirs = Pipe(duplex=False)
     child = os.fork()
     if not child:
         try:
-            theirs.send_bytes(_packed(draw(folder, _HALVES[1])))
+            theirs.send_bytes(_packed({group: figures(run, group) for group in _HALVES[1]}))
         finally:
             # Not exit: what the parent registered for its end is the parent's.
             os._exit(0)

@@ -6,30 +6,35 @@ import hashlib
 import json
 import re
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medfl.common import config
+from medfl.common.study import Study
 from medfl.common.tensors import write_atomic
 
 if TYPE_CHECKING:
+    from jinja2 import Template
+
     from medfl.server.report.page import Figure
+    from medfl.server.report.run import Run
+
+# Whether what is put in must be escaped for HTML.
+_TEMPLATES = {"report.html.j2": True, "model_card.md.j2": False}
 
 
-def draw(folder: Path, groups: Sequence[str]) -> dict[str, list[Figure]]:
-    """Some of the report's groups of figures (`medfl.server.report.page.GROUPS`)."""
-    from medfl.server.report.page import figures
-    from medfl.server.report.run import read_run
-
-    run = read_run(folder)
-    return {group: figures(run, group) for group in groups}
+def prepare() -> None:
+    """Do what every report needs, whatever the run: for a process that has time before it."""
+    config.reader(Study)
+    for template, html in _TEMPLATES.items():
+        _compiled(template, html)
 
 
-def write_report(folder: Path, drawn: Mapping[str, list[Figure]] | None = None) -> Path:
+def write_report(folder: Path) -> Path:
     """Write report.html and model_card.md into `folder`; returns the path of the report.
-
-    drawn: what `draw` has made of the same folder; the rest is drawn here.
 
     A function of the folder's files alone: the same files give the same bytes, so it can be
     repeated at any time.
@@ -39,16 +44,25 @@ def write_report(folder: Path, drawn: Mapping[str, list[Figure]] | None = None) 
             disk refused.
         ConfigError: its study.toml has faults.
     """
-    from medfl.server.report.card import card_context
-    from medfl.server.report.page import context
     from medfl.server.report.run import read_run
 
-    run = read_run(folder)
+    return write(read_run(folder))
+
+
+def write(run: Run, drawn: Mapping[str, list[Figure]] | None = None) -> Path:
+    """`write_report` of a run that was read. drawn: groups of its figures that are there already.
+
+    Raises:
+        StorageError: a damaged file, or the disk refused.
+    """
+    from medfl.server.report.card import card_context
+    from medfl.server.report.page import context
+
     page = context(run, drawn)
     card = card_context(run, page)
-    report = folder / "report.html"
+    report = run.folder / "report.html"
     write_atomic(report, render_page(page).encode())
-    write_atomic(folder / "model_card.md", _render("model_card.md.j2", card, html=False).encode())
+    write_atomic(run.folder / "model_card.md", _render("model_card.md.j2", card).encode())
     return report
 
 
@@ -57,16 +71,23 @@ def render_page(page: dict[str, Any]) -> str:
     style = _source("report.css")
     sha = b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{sha}'; img-src data:; base-uri 'none'"
-    return _render("report.html.j2", {**page, "style": style, "policy": policy}, html=True)
+    return _render("report.html.j2", {**page, "style": style, "policy": policy})
 
 
-def _render(template: str, values: dict[str, Any], html: bool) -> str:
-    from jinja2 import DictLoader, Environment, StrictUndefined
+def _render(template: str, values: dict[str, Any]) -> str:
     from markupsafe import Markup
 
+    html = _TEMPLATES[template]
     if html:
         # Ours, from the package, without a "<": its hash in the policy needs it byte for byte.
         values = {**values, "style": Markup(values["style"])}
+    return _compiled(template, html).render(values)
+
+
+@cache
+def _compiled(template: str, html: bool) -> Template:
+    from jinja2 import DictLoader, Environment, StrictUndefined
+
     environment = Environment(
         loader=DictLoader({template: _source(template)}),
         autoescape=html,
@@ -76,7 +97,7 @@ def _render(template: str, values: dict[str, Any], html: bool) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"md": markdown_text, "yaml": json.dumps}
-    return environment.get_template(template).render(values)
+    return environment.get_template(template)
 
 
 def markdown_text(text: str) -> str:
