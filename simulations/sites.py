@@ -45,7 +45,12 @@ class SimulatedHospital:
     def cohort(self, study: Study) -> Cohort:
         """The checked cases; keys differ between sites even where case ids do not."""
         return build_cohort(
-            self.source, study, cache=self.cache, found=self.listed, site_key=self.name.encode()
+            self.source,
+            study,
+            cache=self.cache,
+            found=self.listed,
+            site_key=self.name.encode(),
+            durable=False,
         )
 
 

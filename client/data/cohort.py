@@ -78,13 +78,14 @@ def build_cohort(
     order: bytes | None = None,
     withdrawn: Withdrawn | None = None,
     n_jobs: int = 1,
+    durable: bool = True,
 ) -> Cohort:
     """List, load, check, quarantine and split a site's cases.
 
     found: the cases, where they are known already (a simulated hospital's share).
     site_key: keys the hashes of case and patient names. order: keys the order of the cases;
     site_key where omitted. withdrawn: says of a case whether its patient has withdrawn consent.
-    n_jobs: cases prepared at the same time.
+    n_jobs: cases prepared at the same time. durable: whether to wait until the disk has the cache.
 
     Raises:
         DataError: the data cannot serve the study; the message says why, in counts.
@@ -99,6 +100,7 @@ def build_cohort(
         order=order,
         withdrawn=withdrawn,
         n_jobs=n_jobs,
+        durable=durable,
     )
     if examined.faults:
         raise DataError("\n".join(examined.faults))
@@ -117,6 +119,7 @@ def examine(
     order: bytes | None = None,
     withdrawn: Withdrawn | None = None,
     n_jobs: int = 1,
+    durable: bool = True,
 ) -> Examined:
     """`build_cohort` that collects what is wrong instead of stopping at it.
 
@@ -132,7 +135,7 @@ def examine(
         _remember(cache, prints)
     by = site_key if order is None else order
     ordered = sorted(candidates, key=lambda c: hashed(by, "case", c.ref.case_id))
-    stored = _pictures(ordered, source, study, cache, n_jobs)
+    stored = _pictures(ordered, source, study, cache, n_jobs, durable)
     usable = []
     for candidate, entry in zip(ordered, stored.entries, strict=True):
         if entry.reason:
@@ -172,6 +175,7 @@ def _pictures(
     study: Study,
     cache: Cache | None,
     n_jobs: int,
+    durable: bool,
 ) -> store.Stored:
     if study.image is None:
         return store.Stored(np.zeros((0,)), None, tuple(store.Entry() for _ in ordered))
@@ -179,7 +183,8 @@ def _pictures(
     if cache is None:
         return store.in_memory(outcomes)
     key = store.entry_key([c.content for c in ordered], study)
-    return store.read_entry(cache, key) or store.build_entry(cache, key, outcomes)
+    found = store.read_entry(cache, key)
+    return found or store.build_entry(cache, key, outcomes, durable=durable)
 
 
 def _outcomes(

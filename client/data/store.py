@@ -146,10 +146,11 @@ def _read(folder: Path) -> Stored:
     if hashlib.sha256(body).hexdigest() != head.decode("ascii"):
         raise ValueError("its index does not match its checksum")
     index = json.loads(body)
+    boot = index.get("boot")
     parts: list[Array | Slots | None] = []
     for name, dtype, file in zip(_NAMES, _DTYPES, index["files"], strict=True):
         path = folder / name
-        _verify(path, file)
+        _verify(path, file, written=boot is None or boot == _boot())
         if not file["shapes"]:
             parts.append(None)
             continue
@@ -159,12 +160,21 @@ def _read(folder: Path) -> Stored:
     return Stored(inputs, parts[1], tuple(_entry_from_plain(e) for e in index["entries"]))
 
 
-def _verify(path: Path, file: dict[str, Any]) -> None:
-    """Size always; the checksum where the file was touched since it was written."""
+def _boot() -> str | None:
+    """Names this start of the machine, None where it may not be known: until the next start the
+    system has what was written, on the disk or not yet."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _verify(path: Path, file: dict[str, Any], written: bool) -> None:
+    """Size always; the checksum where the file was touched since, or may not be `written`."""
     state = path.stat()
     if state.st_size != file["size"]:
         raise ValueError(f"{path.name} has {state.st_size} bytes instead of {file['size']}")
-    if state.st_mtime_ns == file["mtime_ns"]:
+    if written and state.st_mtime_ns == file["mtime_ns"]:
         return
     crc = 0
     with path.open("rb") as opened:
@@ -198,15 +208,24 @@ def _entry_from_plain(plain: dict[str, Any]) -> Entry:
     return Entry(plain["reason"], plain["detail"], facts)
 
 
-def build_entry(cache: Cache, key: str, outcomes: Iterable[Outcome]) -> Stored:
-    """Write the entry and return it mapped. Raises StorageError, leaving nothing half-written."""
+def build_entry(
+    cache: Cache, key: str, outcomes: Iterable[Outcome], *, durable: bool = True
+) -> Stored:
+    """Write the entry and return it mapped.
+
+    durable: whether to wait until the disk has it. What a power cut takes of another entry is found
+    by its checksum after the next start.
+
+    Raises:
+        StorageError: the disk refused; nothing half-written is left.
+    """
     with _disk(cache):
         cache.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         _sweep(cache)
         folder = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{os.getpid()}-", dir=cache.path))
     try:
         with _disk(cache):
-            _write(folder, outcomes)
+            _write(folder, outcomes, durable)
             try:
                 folder.rename(cache.path / key)
             except OSError:
@@ -236,7 +255,9 @@ def _disk(cache: Cache) -> Iterator[None]:
         ) from None
 
 
-def _write(folder: Path, outcomes: Iterable[Outcome]) -> None:
+def _write(folder: Path, outcomes: Iterable[Outcome], durable: bool) -> None:
+    boot = None if durable else _boot()
+    durable = boot is None
     shapes: tuple[list[list[int]], list[list[int]]] = ([], [])
     crcs, entries, seen = [0, 0], [], set[str]()
     with (folder / _NAMES[0]).open("wb") as inputs, (folder / _NAMES[1]).open("wb") as masks:
@@ -253,22 +274,23 @@ def _write(folder: Path, outcomes: Iterable[Outcome]) -> None:
                     crcs[i] = zlib.crc32(data, crcs[i])
                     shapes[i].append(list(array.shape))
         for file in files:
-            file.flush()
-            os.fsync(file.fileno())
+            _flush(file, durable)
     described = []
     for name, crc, shape in zip(_NAMES, crcs, shapes, strict=True):
         state = (folder / name).stat()
         described.append(
             {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "crc32": crc, "shapes": shape}
         )
-    _write_index(folder / "index.json", {"files": described, "entries": entries})
-
-
-def _write_index(path: Path, index: dict[str, Any]) -> None:
+    index = {"files": described, "entries": entries, "boot": boot}
     body = json.dumps(index, separators=(",", ":")).encode()
-    with path.open("wb") as file:
+    with (folder / "index.json").open("wb") as file:
         file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        file.flush()
+        _flush(file, durable)
+
+
+def _flush(file: BinaryIO, durable: bool) -> None:
+    file.flush()
+    if durable:
         os.fsync(file.fileno())
 
 

@@ -95,6 +95,28 @@ def test_a_touched_but_sound_entry_is_kept(cache: Cache) -> None:
     assert store.read_entry(cache, "k") is not None
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_what_did_not_wait_for_the_disk_is_checked_after_the_next_start(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    store.build_entry(cache, "k", [prepared(1)], durable=durable)
+    path = cache.path / "k" / "inputs.bin"
+    state = path.stat()
+    path.write_bytes(bytes(state.st_size))  # what a file is whose blocks never reached the disk
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert store.read_entry(cache, "k") is not None
+    monkeypatch.setattr(store, "_boot", lambda: "another start")
+    assert (store.read_entry(cache, "k") is None) is not durable
+
+
+def test_a_sound_entry_that_did_not_wait_is_kept_after_the_next_start(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.build_entry(cache, "k", [prepared(1)], durable=False)
+    monkeypatch.setattr(store, "_boot", lambda: "another start")
+    assert store.read_entry(cache, "k") is not None
+
+
 @pytest.fixture
 def small_files() -> Iterator[None]:
     """No file may grow beyond 64 kB, which is what a full disk looks like to a writer."""
