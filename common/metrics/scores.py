@@ -50,16 +50,18 @@ class Scores:
         return len(self.keys)
 
     def save(self, path: Path, *, durable: bool = True) -> None:
-        """Write an .npz without pickled objects, in one atomic step. Raises StorageError."""
-        arrays: dict[str, NDArray[Any]] = {
-            "keys": np.array(self.keys, dtype=np.str_),
-            "patients": np.array(self.patients, dtype=np.str_),
-            "names": np.array(list(self.columns), dtype=np.str_),
-        }
-        # By number, because a class may be called anything and zip entries may not.
-        arrays |= {f"column_{i}": a for i, a in enumerate(self.columns.values())}
+        """Write an .npz of one table, `cases`, in one atomic step. Raises StorageError.
+
+        One record a case, without pickled objects; one table, because opening many arrays in many
+        files takes longer than what is done with them.
+        """
+        words = {"key": np.array(self.keys, np.str_), "patient": np.array(self.patients, np.str_)}
+        fields = {**words, **self.columns}
+        table = np.empty(len(self), [(n, a.dtype, a.shape[1:]) for n, a in fields.items()])
+        for name, column in fields.items():
+            table[name] = column
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **arrays)
+        np.savez_compressed(buffer, allow_pickle=False, cases=table)
         tensors.write_atomic(path, buffer.getvalue(), durable=durable)
 
 
@@ -71,12 +73,9 @@ def load(path: Path) -> Scores:
     """
     try:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            names = [str(name) for name in file["names"]]
-            return Scores(
-                keys=tuple(str(key) for key in file["keys"]),
-                patients=tuple(str(patient) for patient in file["patients"]),
-                columns={name: file[f"column_{i}"] for i, name in enumerate(names)},
-            )
+            table = file["cases"]
+        columns = {n: table[n].copy() for n in table.dtype.names if n not in ("key", "patient")}
+        return Scores(tuple(table["key"].tolist()), tuple(table["patient"].tolist()), columns)
     except FileNotFoundError:
         raise StorageError(f"{path}: there is no such file; evaluate the model first") from None
     except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:

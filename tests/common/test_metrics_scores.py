@@ -151,7 +151,7 @@ def test_a_missing_a_cut_and_a_pickled_file_are_refused(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="not a whole file of scores"):
             load(path)
     objects = np.array([{"a": 1}], dtype=object)
-    np.savez(path, allow_pickle=True, keys=objects, patients=objects, names=objects)
+    np.savez(path, allow_pickle=True, cases=objects)
     with pytest.raises(StorageError, match="not a whole file of scores"):
         load(path)
 
