@@ -14,11 +14,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import grpc
@@ -138,8 +139,7 @@ class Forwarder:
         timeout_s = _HELD_TIMEOUT_S if call.path == tunnel.PULL else _TIMEOUT_S
         timeout_s = min(timeout_s, limit_s)
         if call.path == tunnel.PUSH_OBJECT and len(call.body) >= LARGE:
-            pieces = [tunnel.encode(replace(call, body=b"")), call.body]
-            asked = self._upload.future(iter(pieces), timeout=timeout_s)
+            asked = self._pushed(call, timeout_s)
         else:
             asked = self._ask.future(tunnel.encode(call), timeout=timeout_s)
         try:
@@ -161,6 +161,19 @@ class Forwarder:
             return None
         finally:
             asked.cancel()
+
+    def _pushed(self, call: Call, timeout_s: float) -> Any:
+        """A large object's call; the body follows when the coordinator has room for it."""
+        begun: SimpleQueue[Any] = SimpleQueue()
+
+        def pieces() -> Iterator[bytes]:
+            yield tunnel.encode(replace(call, body=b""))
+            begun.get().initial_metadata()  # waits for the coordinator's word, or the call's end
+            yield call.body
+
+        asked = self._upload.future(pieces(), timeout=timeout_s)
+        begun.put(asked)
+        return asked
 
 
 class _Fetch:

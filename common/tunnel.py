@@ -2,7 +2,8 @@
 
 Four bytes of length (big endian), a JSON object of that length, then the raw body. gRPC carries it
 as one unary call with bytes in and bytes out, so that neither side needs generated code. A large
-object's body comes as a piece of its own, which the coordinator does not read before it has room.
+object's body comes as a piece of its own, sent when the coordinator says (by the call's initial
+metadata) that it has room.
 """
 
 from __future__ import annotations

@@ -71,7 +71,13 @@ def fleet_handlers(gate: Gate, site_of: SiteOf) -> grpc.GenericRpcHandler:
         return answered(lambda: tunnel.decode_call(raw), context)
 
     def upload(pieces: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        return answered(lambda: _uploaded(pieces, partial(room.take, context)), context)
+        def ready() -> None:
+            room.take(context)
+            # The hospital sends the body when it hears this: a body that came before would lie in
+            # the line's buffers, some MB a hospital.
+            context.send_initial_metadata(())
+
+        return answered(lambda: _uploaded(pieces, ready), context)
 
     service, method = tunnel.METHOD.strip("/").split("/")
     return grpc.method_handlers_generic_handler(

@@ -728,6 +728,40 @@ def test_a_large_object_goes_up_in_a_piece_of_its_own_and_arrives_whole(
     far.stop()
 
 
+def test_a_large_object_waits_at_the_hospital_until_there_is_room(keeper, monkeypatch) -> None:
+    far, waits, free = Far(keeper), threading.Event(), threading.Event()
+
+    def take(room: Room, context: object) -> None:
+        waits.set()
+        free.wait(10)
+
+    monkeypatch.setattr(Room, "take", take)
+    sent: list[int] = []
+
+    class Watched:
+        def future(self, pieces: Iterator[bytes], timeout: float) -> object:
+            upload = channel.stream_unary(tunnel.UPLOAD)
+            return upload.future((sent.append(len(p)) or p for p in pieces), timeout=timeout)
+
+    body = send(b"x" * LARGE).body
+    options = list(tunnel.GRPC_OPTIONS)
+    with grpc.insecure_channel(f"127.0.0.1:{far.port}", options=options) as channel:
+        forwarder = Forwarder(channel, "s")
+        forwarder._upload = Watched()
+        pushing = threading.Thread(
+            target=forwarder.forward, args=(tunnel.PUSH_OBJECT, {}, body, lambda: None)
+        )
+        pushing.start()
+        assert waits.wait(10)
+        time.sleep(0.3)
+        assert len(sent) == 1
+        free.set()
+        pushing.join(10)
+        assert sent[1:] == [len(body)]
+        forwarder.stop()
+    far.stop()
+
+
 def test_uploads_whose_lines_are_cut_give_their_room_back(keeper, monkeypatch) -> None:
     monkeypatch.setattr("medfl.server.room._FAST_S", 60.0)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
