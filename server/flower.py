@@ -50,10 +50,13 @@ class FlowerSites:
         waiting: list[tuple[str, int]] = []
 
         def messages() -> Iterator[Message]:
+            last: tuple[Instruction, RecordDict] | None = None
             for address, asked in instructions:
                 waiting.append((address, asked.round))
+                if last is None or last[0] is not asked:
+                    last = asked, to_record(pack(asked))
                 yield Message(
-                    content=to_record(pack(asked)),
+                    content=last[1],
                     dst_node_id=int(address),
                     message_type=_TYPES[asked.kind],
                     group_id=str(asked.round),
