@@ -168,17 +168,20 @@ def simulate(
     gc.disable()  # importing makes no garbage to speak of; `run_all` enables it again
     try:
         with Clerk() as clerk:
+            from medfl.simulations.ahead import reading_ahead
             from medfl.simulations.progress import LiveProgress
             from medfl.simulations.results import environment, storing, write_results
-            from medfl.simulations.run import Machine, choose_device, plan_runs, run_all
+            from medfl.simulations.run import Machine, choose_device, plan_runs, preload, run_all
             from medfl.simulations.sites import find_hospitals
             from medfl.strategies.catalogue import study_faults
 
             if faults := study_faults(study):
                 raise ConfigError([f"{study_file}: {fault}" for fault in faults])
-            chosen = choose_device(device)
-            machine = Machine(device=chosen) if workers is None else Machine(workers, chosen)
             sites = find_hospitals(study, data, cache or default_cache())
+            with reading_ahead(sites, study):
+                chosen = choose_device(device)
+                preload(study)
+            machine = Machine(device=chosen) if workers is None else Machine(workers, chosen)
             runs = plan_runs(study, sites, out, compare, chosen)
             with storing(out):
                 moved = make_room(out)

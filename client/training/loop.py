@@ -28,6 +28,7 @@ from medfl.client.training.steps import (
 from medfl.common.errors import DataError
 from medfl.common.losses import build_loss
 from medfl.common.models.norms import has_batch_norm
+from medfl.common.models.weights import place
 from medfl.common.seeds import derive
 from medfl.common.statistics import Shared
 from medfl.common.study import Study, Training
@@ -49,7 +50,7 @@ def train(
     """
     if len(cases) == 0:
         raise DataError("There are no training cases. Check the data and the study's split.")
-    model.to(plan.device).train()
+    place(model, plan.device).train()
     keep_frozen_statistics(model)
     with _own_randomness(plan):
         how = _train_plain if plan.dp is None else train_private

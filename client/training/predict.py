@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from medfl.client.training.batches import pad_to, rows
 from medfl.client.training.caseset import CaseSet
+from medfl.common.models.weights import place
 from medfl.common.study import Study
 
 # Neighbouring windows share a quarter of their side.
@@ -29,7 +30,7 @@ def predict(
     The model predicts in evaluation mode and full precision, and is left in the mode it was in.
     """
     was_training = model.training
-    model.to(device).eval()
+    place(model, device).eval()
     try:
         if study.image is not None and study.image.fit == "keep":
             yield from _by_windows(model, cases, tuple(study.image.size), device)

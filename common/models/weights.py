@@ -51,6 +51,17 @@ def set_weights(module: nn.Module, tensors: Tensors) -> None:
             tensor.copy_(torch.from_numpy(np.require(tensors[name], requirements=["C", "W"])))
 
 
+def place(module: nn.Module, device: str) -> nn.Module:
+    """`module.to(device)`, unless it is there: `to` asks every layer, for as long as a small
+    hospital's batch takes."""
+    import torch
+
+    first = next(module.parameters(), None)
+    return (
+        module if first is not None and first.device == torch.device(device) else module.to(device)
+    )
+
+
 def fit_fault(tensor: Tensor, array: Array) -> str | None:
     """Why `array` cannot be copied into `tensor`; None where it can."""
     if tuple(tensor.shape) != array.shape:
