@@ -23,8 +23,9 @@ from medfl.client import enrolment
 from medfl.client.coordinator import Line
 from medfl.client.hatch import PREFIX, Hatch, is_hatch
 from medfl.client.premises import Enrolment, Home
+from medfl.common.config import decoded
 from medfl.common.errors import ConfigError, FederationError, StorageError
-from medfl.common.kept import decoded, save_record
+from medfl.common.kept import save_record
 from medfl.common.notify import tell
 from medfl.common.private_files import only_one, private_folder, read_private, write_private
 from medfl.common.stopping import set_by_signals

@@ -25,8 +25,8 @@ from typing import ClassVar
 from pydantic import ConfigDict, ValidationError
 
 from medfl import __version__
+from medfl.common.config import decoded
 from medfl.common.errors import ConfigError, StorageError
-from medfl.common.kept import decoded
 from medfl.common.private_files import private_folder, sync_folder, write_private
 from medfl.common.signing import canonical
 

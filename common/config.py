@@ -7,7 +7,6 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_args, get_type_hints
 
@@ -24,6 +23,9 @@ class Checked(Protocol):
 
 
 T = TypeVar("T", bound=Checked)
+U = TypeVar("U")
+
+_adapters: dict[type, TypeAdapter[Any]] = {}
 
 # What pydantic says, in the words of somebody who edits a text file.
 _WORDS = {
@@ -70,11 +72,10 @@ def load(path: Path, kind: type[T]) -> T:
 
 def parse(raw: Mapping[str, Any], kind: type[T], source: str) -> T:
     """Turn parsed TOML into `kind`; `source` names the file in the messages. Raises ConfigError."""
-    adapter: TypeAdapter[T] = reader(kind)
     try:
         # As JSON, strict means what a file's reader expects: 1 is a number and text is a path, but
         # "5" and true are not 5 and 1.
-        value = adapter.validate_json(json.dumps(raw, default=str), strict=True)
+        value = decoded(json.dumps(raw, default=str).encode(), kind)
     except ValidationError as error:
         raise ConfigError([f"{source}: {_line(fault, kind)}" for fault in error.errors()]) from None
     if faults := value.faults():
@@ -82,10 +83,13 @@ def parse(raw: Mapping[str, Any], kind: type[T], source: str) -> T:
     return value
 
 
-@cache
-def reader(kind: type[T]) -> TypeAdapter[T]:
-    """What checks and makes a `kind`; making it takes longer than all its files."""
-    return TypeAdapter(kind)
+def decoded(content: bytes, kind: type[U]) -> U:
+    """The value that this JSON is of a kind. Raises ValidationError."""
+    # Making an adapter takes longer than using it.
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    value: U = _adapters[kind].validate_json(content, strict=True)
+    return value
 
 
 def _line(fault: Any, kind: type) -> str:

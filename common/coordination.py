@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 
 from medfl.common.approvals import Decision
+from medfl.common.config import decoded
 from medfl.common.errors import FederationError
 from medfl.common.heads import Witness
-from medfl.common.kept import decoded
 from medfl.common.signing import canonical
 
 SERVICE = "medfl.Coordinator"

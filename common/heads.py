@@ -20,8 +20,8 @@ from typing import ClassVar
 from pydantic import ConfigDict, ValidationError
 
 from medfl.common.audit import AuditLog, BadLine, Head, verify
+from medfl.common.config import decoded
 from medfl.common.errors import StorageError
-from medfl.common.kept import decoded
 from medfl.common.signing import SigningKey, canonical, is_signed, sign
 
 log = logging.getLogger(__name__)

@@ -6,25 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from medfl.common.config import decoded
 from medfl.common.errors import StorageError
 from medfl.common.private_files import private_folder, read_private, write_private
 from medfl.common.signing import canonical
 
 T = TypeVar("T")
-
-
-_adapters: dict[type, TypeAdapter[Any]] = {}
-
-
-def decoded(content: bytes, kind: type[T]) -> T:
-    """The value that this JSON is of a kind. Raises ValidationError."""
-    # Making a decoder takes longer than using it.
-    if kind not in _adapters:
-        _adapters[kind] = TypeAdapter(kind)
-    value: T = _adapters[kind].validate_json(content, strict=True)
-    return value
 
 
 def save_record(path: Path, record: Any) -> None:

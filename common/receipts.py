@@ -22,8 +22,8 @@ import numpy as np
 from pydantic import ConfigDict, ValidationError
 
 from medfl.common import tensors
+from medfl.common.config import decoded
 from medfl.common.errors import PolicyRefused, StorageError
-from medfl.common.kept import decoded
 from medfl.common.messages import Envelope
 from medfl.common.signing import SigningKey, canonical, is_signed, sign
 

@@ -20,9 +20,10 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, ValidationError
 
+from medfl.common.config import decoded
 from medfl.common.coordination import Published
 from medfl.common.errors import ConfigError, StorageError
-from medfl.common.kept import decoded, load_record, save_record
+from medfl.common.kept import load_record, save_record
 from medfl.common.private_files import private_folder, write_private
 from medfl.common.signing import canonical
 from medfl.server.federation import Federation

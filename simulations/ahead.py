@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 
 from medfl.common.errors import MedflError
 from medfl.common.study import Study
+from medfl.simulations.pool import forked
 from medfl.simulations.sites import SimulatedHospital
 
 
@@ -24,18 +25,11 @@ def reading_ahead(hospitals: Sequence[SimulatedHospital], study: Study) -> Itera
     if study.image is None or len(os.sched_getaffinity(0)) < 2:
         yield  # tables have no cache, and a single core has nothing to spare
         return
-    child = os.fork()
-    if not child:
+    with forked(lambda: _read(hospitals, study)) as child:
         try:
-            _read(hospitals, study)
+            yield
         finally:
-            # Not exit: what the parent registered for its end is the parent's.
-            os._exit(0)
-    try:
-        yield
-    finally:
-        os.kill(child, signal.SIGTERM)
-        os.waitpid(child, 0)
+            os.kill(child, signal.SIGTERM)
 
 
 def _read(hospitals: Sequence[SimulatedHospital], study: Study) -> None:

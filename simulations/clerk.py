@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from medfl.common.errors import FederationError, MedflError
-from medfl.simulations.pool import Pool
+from medfl.simulations.pool import Pool, forked
 
 if TYPE_CHECKING:
     from medfl.server.report.page import Figure
@@ -84,19 +84,14 @@ def _copy(run: Run) -> Iterator[Connection]:
     from medfl.server.report.page import figures
 
     ours, theirs = Pipe(duplex=False)
-    child = os.fork()
-    if not child:
-        try:
-            theirs.send_bytes(_packed({group: figures(run, group) for group in _HALVES[1]}))
-        finally:
-            # Not exit: what the parent registered for its end is the parent's.
-            os._exit(0)
-    theirs.close()
-    try:
+
+    def draw() -> None:
+        theirs.send_bytes(_packed({group: figures(run, group) for group in _HALVES[1]}))
+
+    with forked(draw):
+        theirs.close()
         with ours:
             yield ours
-    finally:
-        os.waitpid(child, 0)
 
 
 def _packed(drawn: dict[str, list[Figure]]) -> bytes:

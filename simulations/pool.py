@@ -8,8 +8,9 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -19,6 +20,22 @@ from medfl.common.errors import FederationError
 log = logging.getLogger(__name__)
 
 Work = Callable[[bytes], bytes]
+
+
+@contextmanager
+def forked(work: Callable[[], None]) -> Iterator[int]:
+    """A copy of this process does `work` and ends; yields its id, and waits for it afterwards."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            # Not exit: what the parent registered for its end is the parent's.
+            os._exit(0)
+    try:
+        yield child
+    finally:
+        os.waitpid(child, 0)
 
 
 class WorkerDied(FederationError):

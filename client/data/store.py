@@ -146,11 +146,11 @@ def _read(folder: Path) -> Stored:
     if hashlib.sha256(body).hexdigest() != head.decode("ascii"):
         raise ValueError("its index does not match its checksum")
     index = json.loads(body)
-    boot = index.get("boot")
+    written = index.get("boot") is None or index["boot"] == _boot()
     parts: list[Array | Slots | None] = []
     for name, dtype, file in zip(_NAMES, _DTYPES, index["files"], strict=True):
         path = folder / name
-        _verify(path, file, written=boot is None or boot == _boot())
+        _verify(path, file, written)
         if not file["shapes"]:
             parts.append(None)
             continue

@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import ConfigDict, ValidationError
 
+from medfl.common.config import decoded
 from medfl.common.errors import FederationError
-from medfl.common.kept import decoded
 from medfl.common.secure.shamir import BYTES, PRIME
 from medfl.common.signing import SigningKey, canonical, is_signed, sign
 

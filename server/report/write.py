@@ -12,8 +12,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medfl.common import config
-from medfl.common.study import Study
 from medfl.common.tensors import write_atomic
 
 if TYPE_CHECKING:
@@ -28,9 +26,8 @@ _TEMPLATES = {"report.html.j2": True, "model_card.md.j2": False}
 
 def prepare() -> None:
     """Do what every report needs, whatever the run: for a process that has time before it."""
-    config.reader(Study)
-    for template, html in _TEMPLATES.items():
-        _compiled(template, html)
+    for template in _TEMPLATES:
+        _compiled(template)
 
 
 def write_report(folder: Path) -> Path:
@@ -77,20 +74,19 @@ def render_page(page: dict[str, Any]) -> str:
 def _render(template: str, values: dict[str, Any]) -> str:
     from markupsafe import Markup
 
-    html = _TEMPLATES[template]
-    if html:
+    if _TEMPLATES[template]:
         # Ours, from the package, without a "<": its hash in the policy needs it byte for byte.
         values = {**values, "style": Markup(values["style"])}
-    return _compiled(template, html).render(values)
+    return _compiled(template).render(values)
 
 
 @cache
-def _compiled(template: str, html: bool) -> Template:
+def _compiled(template: str) -> Template:
     from jinja2 import DictLoader, Environment, StrictUndefined
 
     environment = Environment(
         loader=DictLoader({template: _source(template)}),
-        autoescape=html,
+        autoescape=_TEMPLATES[template],
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
