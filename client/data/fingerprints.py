@@ -83,6 +83,5 @@ def save_fingerprints(folder: Path, prints: Fingerprints) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, folder / _FILE)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
-        raise
+    finally:
+        Path(name).unlink(missing_ok=True)  # where it did not get there, for whatever reason

@@ -12,6 +12,7 @@ import pytest
 
 from medfl.client.data import cohort, store
 from medfl.client.data.cases import Found
+from medfl.client.data.fingerprints import Fingerprints, save_fingerprints
 from medfl.common.study import Study, load_study
 from medfl.simulations.ahead import reading_ahead
 from medfl.simulations.benchmarks import shares
@@ -53,11 +54,23 @@ def test_what_was_begun_is_given_up_at_once_and_leaves_nothing(
     with monkeypatch.context() as slow:
         slow.setattr(cohort, "prepare", lambda *args: (time.sleep(0.5), prepare(*args))[1])
         with reading_ahead(hospitals, study):
-            wait_for(lambda: list(cache.glob(".unfinished-*")))
+            wait_for(lambda: list(cache.glob(".unfinished-*-*")))  # an entry's folder
             started = time.monotonic()
     assert time.monotonic() - started < 5
     assert [f.name for f in cache.iterdir()] == ["fingerprints.json"]
     assert len(hospitals[0].cohort(study).cases) == 20
+
+
+def test_remembered_hashes_that_were_not_finished_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended(source: object, target: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(os, "replace", ended)
+    with pytest.raises(SystemExit):
+        save_fingerprints(tmp_path, Fingerprints({"a": "b"}))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_errors_are_left_to_whoever_needs_the_hospital(
