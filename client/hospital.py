@@ -57,7 +57,8 @@ class Hospital:
         cases are counted, and the ledger begins with the run. Elsewhere noise has no seed.
     ledger_folder: where a real hospital's ledger lies, the same for all studies.
     identity: signs the keys of secure sums and knows the others'; a simulation makes its own.
-    said: the last answer of a real hospital, by what was asked.
+    said: the last answer of a real hospital, by what was asked. masked: the last one to a step of a
+        secure sum, by the whole question.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Hospital:
     ledger_folder: Path | None = None
     identity: Identity | None = field(default=None, repr=False)
     said: dict[str, Reply] = field(default_factory=dict, repr=False)
+    masked: dict[str, Reply] = field(default_factory=dict, repr=False)
 
     @cached_property
     def cohort(self) -> Cohort:
@@ -112,7 +114,9 @@ def answer(hospital: Hospital, asked: Instruction) -> Reply:
     """Do what is asked, if the hospital's study and policy allow it.
 
     The same question about the same model gets the same answer: a coordinator that died before it
-    kept the answer asks again, and that costs neither time nor privacy.
+    kept the answer asks again, and that costs neither time nor privacy. In a secure sum it comes
+    under new masks where a new attempt has new keys, and bit for bit where nothing has changed: the
+    answer was lost on its way.
 
     Raises:
         PolicyRefused: another study, or something that the policy or its privacy forbids.
@@ -121,6 +125,17 @@ def answer(hospital: Hospital, asked: Instruction) -> Reply:
     """
     started = time.monotonic()
     _refuse_forbidden(hospital, asked)
+    if hospital.study.secure_aggregation is None or hospital.simulated:
+        return _answered(hospital, asked, started)
+    whole = pack(asked).about
+    if whole not in hospital.masked:
+        reply = _answered(hospital, asked, started)
+        hospital.masked.clear()
+        hospital.masked[whole] = reply
+    return hospital.masked[whole]
+
+
+def _answered(hospital: Hospital, asked: Instruction, started: float) -> Reply:
     if asked.kind == "round":
         secure_site.expect(hospital, asked)
     question = pack(replace(asked, attempt=0, secure={})).about

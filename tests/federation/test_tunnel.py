@@ -331,12 +331,64 @@ def test_a_question_that_comes_at_the_second_try_is_not_lost(superlink) -> None:
     gate.close()
 
 
+def test_a_question_that_comes_while_an_empty_answer_is_on_its_way_is_not_lost(superlink) -> None:
+    """The connection had gone stale, too, which is so after every five idle seconds."""
+    roster = Roster()
+    gate = Gate(superlink.address, KEY, roster)
+    activate(gate)
+
+    def empty(body: bytes) -> tuple[int, bytes]:
+        superlink.plan["pull-messages"] = lambda body: one_message()
+        roster.post("north", "question")
+        return 200, b""
+
+    def stale(body: bytes) -> tuple[int, bytes]:
+        superlink.plan["pull-messages"] = empty
+        raise ConnectionError
+
+    superlink.plan["pull-messages"] = stale
+    assert gate.answer("north", pull()).body == one_message()[1]
+    assert not roster.was_lost("question")
+    gate.close()
+
+
+def test_a_question_is_not_lost_while_the_superlink_is_away(superlink) -> None:
+    """It may have it still; the first pull that finds nothing knows better."""
+    roster = Roster()
+    gate = Gate(superlink.address, KEY, roster)
+    activate(gate)
+
+    def away(body: bytes) -> tuple[int, bytes]:
+        raise ConnectionError
+
+    superlink.plan["pull-messages"] = away
+    roster.post("north", "question")
+    assert gate.answer("north", pull()).status == 503
+    assert not roster.was_lost("question")
+    superlink.plan["pull-messages"] = lambda body: (200, b"")
+    gate.answer("north", pull(), active=lambda: False)
+    assert roster.was_lost("question")
+    gate.close()
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_question_that_was_brought_before_it_was_noted_is_not_lost(answered: bool) -> None:
+    roster = Roster()
+    roster.arrived("north", 11)
+    roster.gave("north", ["a"])
+    if answered:
+        roster.got("north", ["a"])
+    roster.post("north", "a")
+    assert roster.under_way("north") == []
+
+
 def test_a_question_that_was_brought_is_not_lost_by_a_later_pull() -> None:
     roster = Roster()
     roster.arrived("north", 11)
     roster.post("north", "a")
+    sent = roster.under_way("north")
     roster.gave("north", ["a"])
-    roster.broke_off("north")
+    roster.brought_nothing("north", sent)
     assert not roster.was_lost("a")
 
 

@@ -15,6 +15,7 @@ from medfl.client.secure_site import simulated_identity
 from medfl.common import tensors
 from medfl.common.backup import below
 from medfl.common.errors import FederationError, PolicyRefused
+from medfl.common.messages import pack
 from medfl.common.secure.updates import cap_of, scale_of
 from medfl.common.tensors import floats, l2_norm
 from medfl.server.rounds import run_study
@@ -322,6 +323,31 @@ def test_a_round_that_is_taken_up_again_masks_the_same_update_anew(
     assert [about["seconds"] for about, _ in once] == [about["seconds"] for about, _ in twice]
     digests = {tensors.digest(delta) for _, delta in rounds}
     assert len(digests) == 10
+
+
+def test_a_question_whose_answer_was_lost_is_answered_in_the_same_bits(
+    table_study, wire, train
+) -> None:
+    """Each step is asked twice, and the second answer counts: nothing is made or masked anew."""
+    plain, said = wire(table_study(SECURE, rounds=2)), wire(table_study(SECURE, rounds=2))
+    said.hospitals = [
+        replace(h, simulated=False, identity=simulated_identity(h.name)) for h in said.hospitals
+    ]
+    here = {h.name: h for h in said.hospitals}
+    twice = []
+
+    def asked_again(asked, reply):
+        again = answer(here[reply.site], asked)
+        twice.append((asked.kind, pack(again).about == pack(reply).about))
+        assert tensors.digest(again.delta) == tensors.digest(reply.delta)
+        return again
+
+    said.spoil = asked_again
+    outcome = train(said)
+    assert [r.left_out for r in outcome.records] == [{}] * len(outcome.records)
+    assert {kind for kind, _ in twice} >= {"keys", "shares", "round", "unmask"}
+    assert all(same for _, same in twice)
+    assert tensors.digest(outcome.weights) == tensors.digest(train(plain).weights)
 
 
 def test_a_hospital_without_an_identity_takes_no_part(table_study, wire, train) -> None:
