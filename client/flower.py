@@ -5,17 +5,24 @@ from __future__ import annotations
 
 import logging
 import traceback
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from medfl.client.hospital import Hospital, answer
 from medfl.common.errors import CaseError, MedflError
 from medfl.common.flower_records import from_record, to_record
-from medfl.common.messages import Envelope, pack, refusal, unpack_instruction
+from medfl.common.messages import (
+    Envelope,
+    Instruction,
+    pack,
+    refusal,
+    unpack_instruction,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +36,7 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
     and .unmask of a secure sum; all take the same way, because the instruction itself says what is
     asked. Where `find_hospital` has a `seal` (`medfl.client.approved`), each answer gets one.
     """
-    app = ClientApp()
+    app, read = ClientApp(), _Reader()
     seal = getattr(find_hospital, "seal", None)
 
     def handle(message: Message, context: Context) -> Message:
@@ -37,8 +44,7 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
         sealed: Callable[[Envelope], Envelope] = _as_it_is
         # Flower sends the text of what escapes from here to the coordinator, so nothing does.
         try:
-            received = from_record(message.content)
-            asked = unpack_instruction(received)
+            received, asked = read(message.content)
             round_ = asked.round
             if seal is not None:
                 sealed = partial(seal, received.about, asked)
@@ -55,6 +61,26 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
     app.train("round")(handle)
     app.evaluate("finish")(handle)
     return app
+
+
+class _Reader:
+    """Reads a record once for all who get it, and keeps what it says no longer than the record: a
+    simulation's sites are asked in one record."""
+
+    def __init__(self) -> None:
+        self._of: weakref.ref[RecordDict] | None = None
+        self._said: tuple[Envelope, Instruction] | None = None
+
+    def __call__(self, record: RecordDict) -> tuple[Envelope, Instruction]:
+        if self._said is None or self._of is None or self._of() is not record:
+            received = from_record(record)
+            self._said = received, unpack_instruction(received)
+            self._of = weakref.ref(record, self._forget)
+        return self._said
+
+    def _forget(self, of: weakref.ref[RecordDict]) -> None:
+        if of is self._of:
+            self._said = None
 
 
 def _of_run(context: Context, run: str) -> Context:

@@ -138,7 +138,7 @@ def answer(hospital: Hospital, asked: Instruction) -> Reply:
 def _answered(hospital: Hospital, asked: Instruction, started: float) -> Reply:
     if asked.kind == "round":
         secure_site.expect(hospital, asked)
-    question = pack(replace(asked, attempt=0, secure={})).about
+    question = "" if hospital.simulated else pack(replace(asked, attempt=0, secure={})).about
     if question in hospital.said:
         return secure_site.masked(hospital, asked, hospital.said[question])
     reply = _ANSWERS[asked.kind](hospital, asked)
@@ -210,7 +210,7 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
     from medfl.client.training.loop import train
 
     study, shared = hospital.study, shared_from_plain(asked.shared)
-    model = _received(hospital, asked, shared, asked.round - 1)
+    model, before = _received(hospital, asked, shared, asked.round - 1)
     metrics = _evaluated(hospital, asked, model, shared)
     cases = case_set(study, shared, hospital.cohort, "train")
     own_control: dict[str, Array] = {}
@@ -218,7 +218,6 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
         own_control = home.control_before(hospital.state, asked.round, asked.control)
     plan, entry = _plan(hospital, asked, cases.patients)
     plan = replace(plan, correction=_torch(tensors.subtract(asked.control, own_control)) or None)
-    before = _weights(model)
     outcome = train(model, cases, study, shared, plan)
     if entry is not None:
         hospital.ledger.settle(entry)
@@ -265,7 +264,7 @@ def _leaving(
 
 def _finish(hospital: Hospital, asked: Instruction) -> Reply:
     shared = shared_from_plain(asked.shared)
-    model = _received(hospital, asked, shared, asked.round)
+    model, _ = _received(hospital, asked, shared, asked.round)
     metrics = _evaluated(hospital, asked, model, shared)
     return _with_spent(hospital, replace(_described(hospital), metrics=metrics))
 
@@ -356,8 +355,11 @@ def _evaluated_part(
     return {} if summary is withheld or few else metrics
 
 
-def _received(hospital: Hospital, asked: Instruction, shared: Shared, round_: int) -> nn.Module:
-    """The network with the received weights, and this site's own layers of `round_` over them."""
+def _received(
+    hospital: Hospital, asked: Instruction, shared: Shared, round_: int
+) -> tuple[nn.Module, Tensors]:
+    """The network with the received weights, and this site's own layers of `round_` over them; and
+    these weights."""
     from medfl.common.models.weights import set_weights
 
     model = _model(hospital, asked, shared)
@@ -365,7 +367,7 @@ def _received(hospital: Hospital, asked: Instruction, shared: Shared, round_: in
     if hospital.local.keeps != "nothing":
         weights.update(home.layers(hospital.state).as_of(round_))
     set_weights(model, weights)
-    return model
+    return model, weights
 
 
 def _model(hospital: Hospital, asked: Instruction, shared: Shared) -> nn.Module:

@@ -9,12 +9,9 @@ from typing import TypeVar
 
 import httpx
 from flwr.app import Context, Message, RecordDict
-from flwr.app.message import remove_content_from_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SubStatus
-from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import runtime_pb2
-from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
@@ -38,7 +35,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from medfl.common.errors import FederationError
 from medfl.common.flower_objects import Malformed, announced_of, arrived, fixed, redeemed
-from medfl.common.flower_records import from_record, joined, parted, to_record
+from medfl.common.flower_records import as_text, from_record, from_text, to_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_instruction
 from medfl.common.shelf import Shelf
 
@@ -225,19 +222,6 @@ class Task:
             return call(request)
         except httpx.HTTPError as error:
             raise NodeGone(f"a task was not given ({type(error).__name__})") from error
-
-
-def as_text(message: Message) -> list[bytes | memoryview]:
-    """A message for another process of this machine, in pieces that are to be joined."""
-    bare = message_to_proto(remove_content_from_message(message))
-    return joined(bytes(bare.SerializeToString()), message.content)
-
-
-def from_text(text: memoryview) -> Message:
-    """Inverse of `as_text`; the arrays are views of it."""
-    bare, record = parted(text)
-    metadata = message_from_proto(ProtoMessage.FromString(bare)).metadata
-    return Message(content=record, metadata=metadata)  # type: ignore[call-overload,no-any-return]
 
 
 def run_payload(

@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.message_pb2 import Message as ProtoMessage
 
 from medfl.common.errors import FederationError
 from medfl.common.messages import Envelope
@@ -53,6 +56,19 @@ def from_record(record: RecordDict) -> Envelope:
             raise FederationError("A message holds arrays in a form that medfl does not send.")
         packed[group] = found.data
     return Envelope(text, {group: _unpacked(raw) for group, raw in packed.items()})
+
+
+def as_text(message: Message) -> list[bytes | memoryview]:
+    """A message for another process of this machine, in pieces that are to be joined."""
+    bare = message_to_proto(remove_content_from_message(message))
+    return joined(bytes(bare.SerializeToString()), message.content)
+
+
+def from_text(text: memoryview) -> Message:
+    """Inverse of `as_text`; the arrays are views of it."""
+    bare, record = parted(text)
+    metadata = message_from_proto(ProtoMessage.FromString(bare)).metadata
+    return Message(content=record, metadata=metadata)  # type: ignore[call-overload,no-any-return]
 
 
 def joined(parts: bytes, record: RecordDict) -> list[bytes | memoryview]:

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from medfl.common.errors import FederationError, NotAdmitted
 from medfl.common.flower_objects import Malformed, fixed
 from medfl.common.flower_records import from_record, to_record
+from medfl.common.latest import Latest
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
 from medfl.server.patience import AWAY_S, Patience
 
@@ -50,13 +51,11 @@ class FlowerSites:
         waiting: list[tuple[str, int]] = []
 
         def messages() -> Iterator[Message]:
-            last: tuple[Instruction, RecordDict] | None = None
+            packed = Latest[Instruction, RecordDict](lambda asked: to_record(pack(asked)))
             for address, asked in instructions:
                 waiting.append((address, asked.round))
-                if last is None or last[0] is not asked:
-                    last = asked, to_record(pack(asked))
                 yield Message(
-                    content=last[1],
+                    content=packed(asked),
                     dst_node_id=int(address),
                     message_type=_TYPES[asked.kind],
                     group_id=str(asked.round),
@@ -104,13 +103,9 @@ class ConnectedSites:
 
     def ask(self, instructions: Iterable[tuple[str, Instruction]]) -> Iterator[Reply]:
         """One reply an instruction, in order; at most one waits in memory."""
-        sent: list[tuple[str, Instruction, str | None]] = []
-        packed: tuple[Instruction, RecordDict] | None = None
-        for site, asked in instructions:
-            if packed is None or packed[0] is not asked:
-                packed = asked, fixed(to_record(pack(asked)))
-            sent.append((site, asked, self._send(site, asked, packed[1])))
-        packed = None
+        packed = Latest[Instruction, RecordDict](lambda asked: fixed(to_record(pack(asked))))
+        sent = [(site, one, self._send(site, one, packed(one))) for site, one in instructions]
+        del packed
         began = time.monotonic()
         for site, asked, message_id in sent:
             yield self._timed(site, asked, message_id, began)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from time import time
 from uuid import uuid4
@@ -17,24 +17,32 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from medfl.common.errors import FederationError
+from medfl.common.flower_records import as_text, from_text, joined, parted
+from medfl.common.latest import Latest
 from medfl.simulations.pool import Pool, WorkerDied
 
 _WORKER_DIED = 3
 
 
-def worker(app: ClientApp) -> Callable[[bytes], bytes]:
-    """What a pool's process does: parse a message, run the ClientApp, serialise its answer.
+class Worker:
+    """What a pool's process does: run the ClientApp on messages whose content it was given before.
 
     The app's context names the run and the node and holds nothing else.
     """
 
-    def work(task: bytes) -> bytes:
-        message = message_from_proto(ProtoMessage.FromString(task))
-        address = message.metadata
-        context = Context(address.run_id, address.dst_node_id, {}, RecordDict(), {})
-        return bytes(message_to_proto(app(message, context)).SerializeToString())
+    def __init__(self, app: ClientApp) -> None:
+        self._app = app
+        self._content = RecordDict()
 
-    return work
+    def keep(self, content: bytes | None) -> None:
+        """The content of the messages that come next."""
+        self._content = RecordDict() if content is None else parted(memoryview(content))[1]
+
+    def work(self, task: bytes) -> bytes:
+        """The answer to the message whose address `task` is."""
+        address = message_from_proto(ProtoMessage.FromString(task)).metadata
+        context = Context(address.run_id, address.dst_node_id, {}, RecordDict(), {})
+        return b"".join(as_text(self._app(_message(self._content, address), context)))
 
 
 class LocalGrid(Grid):
@@ -42,13 +50,14 @@ class LocalGrid(Grid):
 
     Only as many messages exist at a time as workers can take, and replies come in the order in
     which the messages were given: memory does not grow with the number of sites, and sums do not
-    depend on who was faster.
+    depend on who was faster. Messages of one content (the same object) share it in the workers.
     """
 
     def __init__(self, pool: Pool, run_id: int, n_nodes: int) -> None:
         self._pool, self._n_nodes = pool, n_nodes
         self._run = Run.create_empty(run_id)
         self._futures: dict[str, tuple[Message, Future[bytes]]] = {}
+        self._packed = Latest[RecordDict, bytes](lambda content: b"".join(joined(b"", content)))
         # Flower's message constructor asks who this process is; each grid addresses its own
         # messages, so that several runs can share the process.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, run_id, 0
@@ -103,10 +112,11 @@ class LocalGrid(Grid):
         if not 1 <= message.metadata.dst_node_id <= self._n_nodes:
             raise FederationError(f"There is no node {message.metadata.dst_node_id} in this run.")
         address = self._address(message)
-        task = message_to_proto(_message(message.content, address)).SerializeToString()
-        # What is kept for an error reply is the address alone, not the weights.
+        # What is sent, and kept for an error reply, is the address alone, not the weights.
         bare = _message(RecordDict(), address)
-        self._futures[address.message_id] = (bare, self._pool.submit(task))
+        task = bytes(message_to_proto(bare).SerializeToString())
+        future = self._pool.submit(task, self._packed(message.content))
+        self._futures[address.message_id] = (bare, future)
         return address.message_id
 
     def _address(self, message: Message) -> Metadata:
@@ -125,7 +135,7 @@ class LocalGrid(Grid):
     def _wait(self, message_id: str, timeout: float | None = None) -> Message:
         sent, future = self._futures.pop(message_id)
         try:
-            return message_from_proto(ProtoMessage.FromString(future.result(timeout)))
+            return from_text(memoryview(future.result(timeout)))
         except (WorkerDied, TimeoutError) as error:
             return Message(Error(code=_WORKER_DIED, reason=str(error)), reply_to=sent)
 

@@ -24,7 +24,7 @@ from medfl.common.study import Study
 from medfl.common.tensors import Tensors
 from medfl.server.flower import FlowerSites
 from medfl.server.rounds import Outcome, RoundRecord, run_study
-from medfl.simulations.grid import LocalGrid, worker
+from medfl.simulations.grid import LocalGrid, Worker
 from medfl.simulations.pool import Pool
 from medfl.simulations.results import RoundLog
 from medfl.simulations.sites import OpenHospitals, SimulatedHospital, SimulatedRun
@@ -119,11 +119,12 @@ def run_all(
     # What was imported stays; workers need not look through it, nor copy its pages by doing so.
     gc.freeze()
     gc.enable()
-    work = worker(client_app(lambda context: opened.find(context.run_id, context.node_id)))
+    app = client_app(lambda context: opened.find(context.run_id, context.node_id))
+    worker = Worker(app)
     latest: dict[str, Tensors] = {}
     with (
         closing(RoundLog(runs[0].folder)) as rounds,
-        Pool(work, machine.workers, single_thread) as pool,
+        Pool(worker.work, machine.workers, single_thread, worker.keep) as pool,
     ):
 
         def note(record: RoundRecord, weights: Tensors) -> None:

@@ -85,4 +85,4 @@ def _candidate(
 def hashed(site_key: bytes, kind: str, name: str) -> str:
     """Keyed hash (hex) of a case's or patient's name; cannot be guessed without the site's key."""
     text = f"{kind}\0{name}".encode("utf-8", "surrogateescape")
-    return hmac.new(site_key, text, hashlib.sha256).hexdigest()[:32]
+    return hmac.digest(site_key, text, "sha256").hex()[:32]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ _NAMES: dict[str, Split] = {
 
 def share(key: str, patient: str) -> float:
     """A patient's place in [0, 1): HMAC-SHA256 of the patient, the same whoever else is there."""
-    digest = hmac.new(key.encode(), patient.encode(), hashlib.sha256).digest()
+    digest = hmac.digest(key.encode(), patient.encode(), "sha256")
     return int.from_bytes(digest[:8], "big") / 2**64
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +29,7 @@ from medfl.common.errors import (
     StorageError,
 )
 from medfl.common.flower_records import from_record, to_record
-from medfl.common.messages import Instruction, Reply, pack, unpack_reply
+from medfl.common.messages import Envelope, Instruction, Reply, pack, unpack_reply
 from medfl.common.models import build_model
 from medfl.common.models.weights import get_weights
 from medfl.common.site import Policy, SitePrivacy
@@ -465,6 +467,31 @@ def test_an_answer_travels_through_the_client_app(
     study = risk_study()
     reply, _ = over_flower(risk_hospital(study, tmp_path), to_record(pack(asked(study))))
     assert (reply.site, reply.refusal, reply.n_cases) == ("a", "", 3)
+
+
+def test_what_a_record_says_is_kept_no_longer_than_the_record(
+    risk_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medfl.client import flower as module
+
+    reads = 0
+    real = module.unpack_instruction
+
+    def counted(envelope: Envelope) -> Instruction:
+        nonlocal reads
+        reads += 1
+        return real(envelope)
+
+    monkeypatch.setattr(module, "unpack_instruction", counted)
+    read, study = module._Reader(), risk_study()
+    first, second = to_record(pack(asked(study))), to_record(pack(asked(study, round=2)))
+    assert [read(r)[1].round for r in (first, first, second, second, first)] == [1, 1, 2, 2, 1]
+    assert reads == 3
+    of_first = weakref.ref(next(iter(read(first)[0].arrays["weights"].values())))
+    assert of_first() is not None
+    del first
+    gc.collect()
+    assert of_first() is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -17,7 +19,7 @@ from flwr.supercore.run import Run
 from medfl.common.errors import FederationError
 from medfl.common.messages import Envelope, Instruction, Reply, pack
 from medfl.server.flower import FlowerSites
-from medfl.simulations.grid import LocalGrid, worker
+from medfl.simulations.grid import LocalGrid, Worker
 from medfl.simulations.pool import Pool
 
 ASKED = Instruction(kind="round", study_digest="d", run="main", round=7)
@@ -46,7 +48,8 @@ def echo_app() -> ClientApp:
 
 @pytest.fixture
 def pool() -> Iterator[Pool]:
-    with Pool(worker(echo_app()), 2) as opened:
+    worker = Worker(echo_app())
+    with Pool(worker.work, 2, keep=worker.keep) as opened:
         yield opened
 
 
@@ -87,11 +90,11 @@ class Counting:
     def __len__(self) -> int:
         return len(self._pool)
 
-    def submit(self, task: bytes) -> Future[bytes]:
+    def submit(self, task: bytes, common: bytes) -> Future[bytes]:
         with self._lock:
             self.waiting += 1
             self.most = max(self.most, self.waiting)
-        future = self._pool.submit(task)
+        future = self._pool.submit(task, common)
         real = future.result
 
         def result(timeout: float | None = None) -> bytes:
@@ -120,6 +123,36 @@ def test_few_messages_exist_at_a_time(pool: Pool) -> None:
         assert made - taken <= len(pool)
     assert made == 37
     assert counting.most == len(pool) + 1
+
+
+def test_each_site_gets_what_it_was_asked_among_sites_that_share_an_instruction() -> None:
+    """In turn, so that a worker's content changes under it; node 3 dies with what it had."""
+    app = ClientApp()
+
+    @app.train("round")
+    def _(message: Message, context: Context) -> Message:
+        from medfl.common.flower_records import from_record, to_record
+        from medfl.common.messages import unpack_instruction
+
+        asked = unpack_instruction(from_record(message.content))
+        if context.node_id == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        told = {"w": 2 * asked.weights["w"]}
+        reply = Reply(site=f"s{context.node_id}", round=7, n_cases=len(told["w"]), delta=told)
+        return Message(to_record(pack(reply)), reply_to=message)
+
+    worker = Worker(app)
+    small = replace(ASKED, weights={"w": np.arange(3, dtype=np.float32)})
+    large = replace(ASKED, weights={"w": np.arange(400_000, dtype=np.float32)})
+    asked = [small, small, small, large, small, large, large]
+    with Pool(worker.work, 1, keep=worker.keep) as pool:
+        questions = [(str(n), one) for n, one in enumerate(asked, start=1)]
+        replies = list(FlowerSites(LocalGrid(pool, 5, 9)).ask(questions))
+    for (node, one), reply in zip(questions, replies, strict=True):
+        if node == "3":
+            assert reply.refusal == "node failed"
+        else:
+            np.testing.assert_array_equal(reply.delta["w"], 2 * one.weights["w"])
 
 
 def test_a_node_that_is_not_there_cannot_be_addressed(pool: Pool) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from ast import literal_eval
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 
@@ -73,7 +74,7 @@ def pids(pool: Pool, n: int = 8) -> set[int]:
 
 
 def test_tasks_come_back_as_they_were_given(pool: Pool) -> None:
-    tasks = [os.urandom(size) for size in (0, 1, 70_000, 3_000_000)]
+    tasks = [os.urandom(size) for size in (0, 1, 70_000, 3_000_000, 20_000_000)]
     assert [pool.submit(t).result(10) for t in tasks] == tasks
     assert len(pool) == 2
 
@@ -84,6 +85,28 @@ def test_a_killed_worker_costs_its_task_and_is_replaced(pool: Pool) -> None:
     with pytest.raises(WorkerDied, match="exit code -9"):
         lost.result(10)
     assert [f.result(10) for f in kept] == [b"%d" % i for i in range(20)]
+
+
+def test_what_tasks_have_in_common_goes_to_a_worker_once_and_to_its_successor_again() -> None:
+    kept: list[bytes | None] = []
+
+    def said(task: bytes) -> bytes:
+        return work(task) if task == b"die" else repr(kept).encode()
+
+    with Pool(said, 1, keep=kept.append) as pool:
+        one, other = b"one", b"other"
+        tasks = [(b"x", None), (b"x", one), (b"x", one), (b"x", None), (b"x", other), (b"die", one)]
+        told = [pool.submit(*task) for task in tasks]
+        after = pool.submit(b"x", one)
+        assert [literal_eval(f.result(10).decode()) for f in told[:5]] == [
+            [],
+            [None, one],
+            [None, one],
+            [None, one],
+            [None, one, None, other],
+        ]
+        assert isinstance(told[5].exception(10), WorkerDied)
+        assert literal_eval(after.result(10).decode()) == [None, one]
 
 
 def test_every_worker_may_die_again_and_again(pool: Pool) -> None:
