@@ -1,10 +1,11 @@
 """The arithmetic of the benchmark `simulation` in plain PyTorch, in two processes: its limit.
 
-    python images.py FOLDER [last]
+    python images.py FOLDER [last|nudged]
 
 trains by the files of FOLDER (`medfl.simulations.benchmarks.shares` writes them) and leaves
-model.npz there; with `last` the weights lie channels last in memory, as medfl has them. Rivals get
-a copy of this file, so that all do the same: medfl is not imported.
+model.npz there; with `last` the weights lie channels last in memory, as medfl has them; with
+`nudged` the last bit of each first weight is another one, which shows what rounding does. Rivals
+get a copy of this file, so that all do the same: medfl is not imported.
 """
 
 from __future__ import annotations
@@ -137,17 +138,20 @@ def summed(
     return total, cases
 
 
-def run(folder: Path, memory_format: torch.memory_format = torch.contiguous_format) -> None:
+def run(folder: Path, how: str = "") -> None:
     """This process takes every other site, a forked one the rest."""
     torch.set_num_threads(1)
     data = Data(folder)
     model, sites = network(data.work["model"]), range(data.work["sites"])
-    model.to(memory_format=memory_format)  # type: ignore[call-overload]
+    if how == "last":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ours, theirs = Pipe()
     child = os.fork()
     if not child:
         _other(theirs, data, model, sites[1::2])
     weights = data.first
+    if how == "nudged":
+        weights = {n: torch.nextafter(t, torch.full_like(t, 9)) for n, t in weights.items()}
     for round_ in range(1, data.work["rounds"] + 1):
         ours.send((_arrays(weights), round_))
         total, cases = summed(data, model, weights, sites[::2], round_)
@@ -179,5 +183,4 @@ def _arrays(weights: Weights) -> dict[str, np.ndarray[Any, Any]]:
 
 
 if __name__ == "__main__":
-    last = sys.argv[2:] == ["last"]
-    run(Path(sys.argv[1]), torch.channels_last if last else torch.contiguous_format)
+    run(Path(sys.argv[1]), *sys.argv[2:])

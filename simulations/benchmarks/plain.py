@@ -70,6 +70,16 @@ def loop(weights: Weights, sites: int, rounds: int) -> tuple[Weights, list[float
     return weights, seconds
 
 
+def apart(left: Weights, right: Weights, small: float) -> float:
+    """The largest difference of a parameter, relative to the largest of its array plus `small`;
+    infinite where the models have other parameters."""
+    if left.keys() != right.keys():
+        return float("inf")
+    return float(
+        np.max([np.abs(a - right[n]).max() / (np.abs(a).max() + small) for n, a in left.items()])
+    )
+
+
 def same(left: Weights, right: Weights, tolerance: float = 1e-5, floor: float = 1e-9) -> bool:
     """Whether all parameters are equal to `tolerance`, relative to the largest of their array, or
     to `floor`."""

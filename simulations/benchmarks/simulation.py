@@ -23,17 +23,20 @@ from numpy.typing import NDArray
 from medfl.common import tensors
 from medfl.common.errors import ConfigError, FederationError
 from medfl.simulations.benchmarks import rivals, shares
-from medfl.simulations.benchmarks.plain import Weights, same
+from medfl.simulations.benchmarks.plain import Weights, apart
 from medfl.simulations.benchmarks.processes import Processes, descendants, own_bytes
 from medfl.simulations.benchmarks.rows import Row, Spread
 from medfl.simulations.benchmarks.shares import ImageWork
 
 COMMANDS = ("medfl-simulate", "medfl-client", "medfl-server")
 # Relative to an array's largest number. 400 steps make 2e-5 of the last bit of float32, by which a
-# loss differs that is summed up otherwise; another order of the cases makes 1e-2.
+# loss differs that is summed up otherwise; another order of the cases makes 1e-2. DenseNet121's
+# rounding grows to more than this on some processors, so it is measured, too: models agree within
+# a few times what the plain loop is from itself after another last bit in each first weight.
 TOLERANCE = 1e-4
+ROUNDING = 3.0
 # DenseNet121's biases begin at 0 and are 4e-5 after two rounds, where rounding has come to 4e-8.
-FLOOR = 1e-6
+SMALL = 1e-2
 _LAST = "plain loop, channels last"
 
 
@@ -98,7 +101,10 @@ def _row(
                         failed[who] = str(error)[-500:]
                     else:
                         seconds[who].append(time.monotonic() - started)
+        nudged = _plain(folder, "nudged")
     expected = models["plain loop"]
+    allowed = max(TOLERANCE, ROUNDING * apart(nudged, expected, SMALL))
+    distance = {who: apart(model, expected, SMALL) for who, model in models.items()}
     limit = median(seconds["plain loop"]) * (1.05 if work.model == "densenet121" else 1.15)
     return Row(
         work=str(work),
@@ -106,9 +112,8 @@ def _row(
         rivals={who: Spread.of(s) for who, s in seconds.items() if who != "medfl" and s},
         unit="s",
         limit=limit,
-        # The other order rounds otherwise, for DenseNet121 by more than the tolerance.
-        agree=all(same(m, expected, TOLERANCE, FLOOR) for who, m in models.items() if who != _LAST),
-        notes={"failed": failed} if failed else {},
+        agree=all(d <= allowed for d in distance.values()),
+        notes={"apart": distance, "allowed": allowed} | ({"failed": failed} if failed else {}),
     )
 
 

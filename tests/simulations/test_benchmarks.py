@@ -31,6 +31,15 @@ def test_models_that_differ_are_told_apart() -> None:
     assert not plain.same(one, {"v": one["w"]})
 
 
+def test_the_distance_of_two_models_is_that_of_their_farthest_parameter() -> None:
+    one = {"w": np.array([1.0, -2.0], np.float32), "b": np.array([0.0], np.float32)}
+    other = {"w": np.array([1.0, -1.5], np.float32), "b": np.array([0.25], np.float32)}
+    assert plain.apart(one, one, 0.5) == 0
+    assert plain.apart(one, other, 0.5) == 0.5  # b: .25 / (0 + .5), above w's .5 / 2.5
+    assert plain.apart(one, {"w": one["w"]}, 0.5) == np.inf
+    assert not plain.apart(one, one | {"b": np.array([np.nan], np.float32)}, 0.5) <= 1e9
+
+
 def test_the_plain_loop_is_the_mean_of_the_hospitals_steps() -> None:
     """One input, one unit a layer, all weights 0: only the last bias moves: rate (mean y - 1/2)."""
     zeros = {
