@@ -53,6 +53,10 @@ BENCHMARKS = {
         "medfl.simulations.benchmarks.secagg",
         "a round under masks against a plain one, 10 M parameters at 10 and 100 hospitals",
     ),
+    "stacked": (
+        "medfl.simulations.benchmarks.stacked",
+        "training of small sites one after another against all at once by stacked parameters",
+    ),
     "wire": (
         "medfl.simulations.benchmarks.wire",
         "bytes of an update and the model's worth, float32 to int4 (data: MEDFL_BENCH_DATA)",

@@ -63,7 +63,8 @@ def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "name", ["aggregate", "data", "dp", "latency", "memory", "scale", "secagg", "wire"]
+    "name",
+    ["aggregate", "data", "dp", "latency", "memory", "scale", "secagg", "stacked", "wire"],
 )
 def test_a_benchmark_runs_small_and_its_results_agree(
     name: str, capsys: pytest.CaptureFixture[str]
