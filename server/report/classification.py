@@ -12,7 +12,17 @@ from numpy.typing import NDArray
 from medfl.common.metrics.outcomes import outcomes
 from medfl.common.metrics.scores import Scores
 from medfl.common.study import Task
-from medfl.server.report.plot import BLUE, DASHES, GREY, INK, SERIES, only_grid, short, svg
+from medfl.server.report.plot import (
+    BLUE,
+    DASHES,
+    GREY,
+    INK,
+    SERIES,
+    only_grid,
+    short,
+    svg,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,6 +165,7 @@ def reliability_figure(task: Task, scores: Scores) -> Markup | None:
         top.grid(visible=True)
         below.bar(mean, cases, width=0.06, color=BLUE, alpha=0.75)
         below.set_ylabel("Cases")
+        whole_numbers(below, "y")
         below.set_xlabel(what)
         below.set_xlim(-0.02, 1.02)
         only_grid(below)
@@ -183,6 +194,7 @@ def separation_figure(task: Task, scores: Scores) -> Markup | None:
             axes.axvline(0.5, color=INK, lw=0.9, ls=":")
             axes.set_title(f"Truly {short(name)}", color=color)
             axes.set_ylabel("Cases")
+            whole_numbers(axes, "y")
             only_grid(axes)
         rows[1].set_xlabel(f"Stated chance of {short(task.classes[1])} (dotted: .5)")
 

@@ -118,6 +118,7 @@ def spread(run: Run, metric: str) -> Markup:
                 axes.axvline(float(np.median(part)), color=INK, lw=1.2, ls=(0, (4, 2)))
             axes.set_title(name, color=color)
             axes.set_ylabel("Hospitals")
+            whole_numbers(axes, "y")
             only_grid(axes)
         rows[-1].set_xlabel(f"{label} (dashed: the middle hospital)")
 
@@ -144,11 +145,15 @@ def over_rounds(run: Run, metric: str | None) -> Markup | None:
         return None
 
     def draw(figure: Figure) -> None:
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels,
-                               strict=True):  # fmt: skip
+        drawn = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, panel in zip(drawn, panels, strict=True):
             _panel(axes, run, panel)
+        # Above both: within a panel it would lie on somebody's line.
+        named = {text: line for a in drawn for line, text in zip(*a.get_legend_handles_labels(),
+                                                                 strict=True)}  # fmt: skip
+        figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=4)
 
-    return svg("rounds", (7.2, 2.9), _course(run, panels), draw)
+    return svg("rounds", (7.2, 3.2), _course(run, panels), draw)
 
 
 def _panel(axes: Axes, run: Run, panel: Panel) -> None:
@@ -167,7 +172,6 @@ def _panel(axes: Axes, run: Run, panel: Panel) -> None:
     axes.set_title(title)
     axes.set_xlabel("Rounds of training")
     whole_numbers(axes)
-    axes.legend(loc="best")
     only_grid(axes)
 
 

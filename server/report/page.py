@@ -74,9 +74,12 @@ def _site_figures(run: Run) -> list[Figure]:
         text = f"{label} on each hospital's test cases{lines}."
         return [Figure(curves.forest(run, metric), text)]
     lines = "" if run.between_hospitals else "; lines are 95 % intervals"
+    shown = "The ten best and the ten worst hospitals"
+    if len(curves.ranked(run.federated, metric)) <= MANY:
+        shown = f"The hospitals with at least {words.SMALL} test cases"
     return [
         Figure(curves.spread(run, metric), f"How {label} spreads over the hospitals."),
-        Figure(curves.forest(run, metric), f"The ten best and the ten worst hospitals{lines}."),
+        Figure(curves.forest(run, metric), f"{shown}{lines}."),
     ]
 
 

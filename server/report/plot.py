@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from markupsafe import Markup, escape
 
@@ -138,11 +138,12 @@ def short(text: str, most: int = 24) -> str:
     return flat if len(flat) <= most else f"{flat[: most - 1]}…"
 
 
-def whole_numbers(axes: Axes) -> None:
-    """Ticks of a horizontal axis that counts rounds."""
+def whole_numbers(axes: Axes, along: Literal["x", "y"] = "x") -> None:
+    """Ticks of an axis that counts: rounds, cases, hospitals."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis = axes.xaxis if along == "x" else axes.yaxis
+    axis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
 
 
 def only_grid(axes: Axes, along: str = "y") -> None:

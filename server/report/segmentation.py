@@ -17,7 +17,7 @@ from medfl.common.metrics.scores import DICE, Scores
 from medfl.common.pictures import upright
 from medfl.common.study import Task
 from medfl.server.report import words
-from medfl.server.report.plot import MANY, SERIES, only_grid, short, svg
+from medfl.server.report.plot import MANY, SERIES, only_grid, short, svg, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -195,6 +195,7 @@ def _dice_histogram(names: Sequence[str], scores: Mapping[str, Scores]) -> Marku
         axes.set_xlabel("Dice")
         axes.set_ylabel("Test cases")
         axes.set_xlim(0, 1)
+        whole_numbers(axes, "y")
         only_grid(axes)
         axes.legend(loc="upper left")
 

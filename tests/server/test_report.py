@@ -407,7 +407,20 @@ def test_forty_hospitals_show_the_best_and_worst_ten_and_all_in_the_table(
     between = {s["name"] for s in ranked[10:-10]} - {f"hospital-{i:02d}" for i in range(1, 7)}
     assert between
     assert not between & set(drawn)
+    assert "The ten best and the ten worst hospitals; lines are" in report.html
     assert len(report.html) < 600_000
+
+
+def test_the_figure_of_few_among_many_hospitals_says_which_they_are(tmp_path: Path) -> None:
+    """Forty hospitals, of whom six have enough test cases for a figure of their own."""
+    make_run(tmp_path, KINDS["many"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    for site in result["sites"][6:]:
+        site["n_test"] = 4
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "The hospitals with at least 5 test cases; lines are" in page
+    assert "ten best" not in page
 
 
 def test_hospitals_that_were_absent_are_named_with_the_reason(report: Report) -> None:
