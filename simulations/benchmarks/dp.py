@@ -19,8 +19,9 @@ from medfl.simulations.benchmarks.dp_steps import WAYS, WORKS
 from medfl.simulations.benchmarks.processes import Processes
 from medfl.simulations.benchmarks.rows import Row, Spread
 
-# How far clipped sums in float32 may be apart, of their length.
-NEAR = 1e-3
+# How far a clipped sum in float32 may be from that in float64, of its length; or so many times as
+# far as the nearest rival's, where rounding alone takes a network farther.
+NEAR, ROUNDING = 1e-3, 3.0
 
 
 def rows(small: bool) -> list[Row]:
@@ -47,7 +48,7 @@ def _time(processes: Processes, name: str, repeats: int) -> Row:
         rivals={way: spread for way, spread in ms.items() if way != "medfl"},
         unit="ms",
         limit=WORKS[name].within * plain,
-        agree=all(apart < NEAR for apart in told["apart"].values()),
+        agree=_is_near(told["apart"]),
         notes={
             "over_plain": {way: spread.median / plain for way, spread in ms.items()},
             "median_of_paired_ratios": median(own / other for own, other in pairs),
@@ -57,6 +58,11 @@ def _time(processes: Processes, name: str, repeats: int) -> Row:
             "load_before": load,
         },
     )
+
+
+def _is_near(apart: dict[str, float]) -> bool:
+    nearest = min(distance for way, distance in apart.items() if way != "medfl")
+    return apart["medfl"] <= max(NEAR, ROUNDING * nearest)
 
 
 def _memory(processes: Processes, name: str) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from itertools import islice
 
@@ -42,17 +43,26 @@ def faults_of(noise: NDArray[np.float64], sd: float) -> list[str]:
     return faults
 
 
-def test_the_keystream_is_chacha20_as_the_standard_prints_it() -> None:
-    # RFC 8439, appendix A.1, test vector 1: key, nonce and counter of zeros.
+def test_the_keystream_is_aes_256_of_the_purpose_and_a_counter() -> None:
     from cryptography.hazmat.primitives.ciphers import Cipher
-    from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+    from cryptography.hazmat.primitives.ciphers.algorithms import AES
+    from cryptography.hazmat.primitives.ciphers.modes import ECB
 
-    bits = Cipher(ChaCha20(bytes(32), bytes(16)), mode=None).encryptor().update(bytes(8))
-    assert bits.hex() == "76b8e0ada0f13d90"
-    # Ours is the same cipher under a nonce that names the purpose.
-    ours = Keystream(bytes(32), "noise").words(2)
-    assert ours.tolist() == Keystream(bytes(32), "noise").words(2).tolist()
-    assert ours.tolist() != Keystream(bytes(32), "sampling").words(2).tolist()
+    # NIST SP 800-38A, appendix F.5.5: the key, the first counter block and what comes of it.
+    key = bytes.fromhex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
+    aes = Cipher(AES(key), ECB()).encryptor()
+    assert aes.update(bytes(range(0xF0, 0x100))).hex() == "0bdf7df1591716335e9a8b15c860c502"
+    purpose = hashlib.sha256(b"noise").digest()[:8]
+    blocks = b"".join(purpose + count.to_bytes(8, "big") for count in range(5))
+    ours = Keystream(key, "noise")
+    assert ours.words(3).tobytes() + ours.words(7).tobytes() == aes.update(blocks)
+    assert ours.words(2).tolist() != Keystream(key, "sampling").words(2).tolist()
+
+
+@pytest.mark.parametrize("size", [0, 16, 24, 31, 33])
+def test_a_key_of_another_length_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match="32 bytes"):
+        Keystream(bytes(size), "noise")
 
 
 def test_uniforms_fill_the_interval_and_never_reach_zero() -> None:
