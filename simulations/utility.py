@@ -172,15 +172,18 @@ def draw(
     names = sorted({*means, *others}, key=lambda name: np.inf if name == "none" else float(name))
     axes.plot(names, [np.nan] * len(names))  # the order of the axis
     axes.plot(list(means), list(means.values()), color=BLUE, label="mean over seeds")
-    axes.scatter([p.setting.name for p in points], [p.mean for p in points], s=14, color=BLUE)
+    axes.scatter(
+        [p.setting.name for p in points], [p.mean for p in points], s=14, color=BLUE, alpha=0.35
+    )
     if others:
         axes.scatter(
             list(others), list(others.values()), marker="D", s=26, color=VERMILION, label=called
         )
         axes.legend(loc="lower right")
     for name, mean in means.items():
+        highest = max(p.mean for p in points if p.setting.name == name)
         axes.annotate(
-            f"{mean:.3f}", (name, mean), (0, 8), textcoords="offset points", ha="center",
+            f"{mean:.3f}", (name, highest), (0, 6), textcoords="offset points", ha="center",
             color=BLUE, fontsize=8,
         )  # fmt: skip
     axes.set_xlabel("ε of a patient, over the whole study")

@@ -180,13 +180,14 @@ WAYS: dict[str, Callable[[Given], Ready]] = {
 def timed(work: StepWork, repeats: int) -> dict[str, Any]:
     """Seconds of each step of each way, in turn, and how far the clipped sums are apart.
 
-    apart: ‖sum - reference‖ / ‖reference‖, the reference by functorch in float64. noise: seconds of
-    medfl's noise alone.
+    apart: ‖sum - functorch's‖ / ‖functorch's‖. apart64: the same with functorch's in float64.
+    noise: seconds of medfl's noise alone.
     """
     ready = {name: way(Given.of(work)) for name, way in WAYS.items()}
     sums = {name: _flat(r.clipped()) for name, r in ready.items() if r.clipped}
-    reference = _exact(Given.of(work))
-    apart = {name: float((s - reference).norm() / reference.norm()) for name, s in sums.items()}
+    exact = _exact(Given.of(work))
+    apart = {name: _apart(s, sums["functorch"]) for name, s in sums.items()}
+    apart64 = {name: _apart(s, exact) for name, s in sums.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ready}
     for repeat in range(repeats + 1):
         for name, way in ready.items():
@@ -198,7 +199,12 @@ def timed(work: StepWork, repeats: int) -> dict[str, Any]:
     normal, summed = noise_generator(dp), dict(Given.of(work).model.state_dict())
     begun = time.perf_counter()
     noisy_mean(summed, SIGMA * CLIP, 1.0, normal)
-    return {"seconds": seconds, "apart": apart, "noise": time.perf_counter() - begun}
+    noise = time.perf_counter() - begun
+    return {"seconds": seconds, "apart": apart, "apart64": apart64, "noise": noise}
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
 
 
 def _exact(given: Given) -> Tensor:

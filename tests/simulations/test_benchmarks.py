@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from medfl.simulations.benchmarks import __main__ as benchmarks
-from medfl.simulations.benchmarks import images, plain, shares
+from medfl.simulations.benchmarks import dp, images, plain, shares
 from medfl.simulations.benchmarks.rows import Row, Spread, write
 
 
@@ -53,6 +53,14 @@ def test_the_plain_loop_is_the_mean_of_the_hospitals_steps() -> None:
     assert after["3.bias"][0] == pytest.approx(plain.LEARNING_RATE * (labels.mean() - 0.5))
     assert not after["1.weight"].any()
     assert len(seconds) == 1
+
+
+def test_clipped_sums_agree_where_they_are_near_or_only_rounding_parts_them() -> None:
+    exact = {"medfl": 2e-3, "opacus": 2e-3, "functorch": 1e-3}
+    assert dp._is_near({"medfl": 1e-6}, {"medfl": 1.0, "opacus": 0.1})
+    assert dp._is_near({"medfl": 2e-3}, exact)
+    assert not dp._is_near({"medfl": 2e-3}, exact | {"medfl": 4e-3})
+    assert not dp._is_near({"medfl": np.nan}, exact | {"medfl": np.nan})
 
 
 def test_an_unknown_benchmark_is_named(capsys: pytest.CaptureFixture[str]) -> None:
