@@ -129,7 +129,11 @@ class Roster:
             return list(self._under_way.get(site, []))
 
     def brought_nothing(self, site: str, sent: list[str]) -> None:
-        """A pull that began when these were under way found none: one that broke off took them."""
+        """A pull that began when these were under way found none: one that broke off took them.
+
+        Or the SuperLink cannot be reached, and may have handed them out before: asking again costs
+        a hospital nothing.
+        """
         with self._changed:
             under_way = self._under_way.get(site, [])
             gone = set(sent).intersection(under_way)

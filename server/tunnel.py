@@ -269,9 +269,11 @@ class Gate:
             posted = self._roster.posted(site)
             sent = self._roster.under_way(site)
             answer = self._pass(guest, call, call.body)
-            if answer.status != 200 or nodes.delivered(answer.body):
+            brought = answer.status == 200 and nodes.delivered(answer.body)
+            if answer.status == 503 or (answer.status == 200 and not brought):
+                self._roster.brought_nothing(site, sent)
+            if answer.status != 200 or brought:
                 return answer
-            self._roster.brought_nothing(site, sent)
             look = min(time.monotonic() + _LOOK_S, end)
             while self._roster.posted(site) == posted:
                 if time.monotonic() >= end or not active():
