@@ -68,22 +68,14 @@ class Roster:
             return self._version
 
     def post(self, site: str, message_id: str = "") -> None:
-        """Something was sent to the site: wake who waits for that.
-
-        A pull may have brought the message before its sender comes to say so.
-        """
+        """Something was sent to the site: wake who waits for that."""
         with self._changed:
-            if message_id and not self._knows(site, message_id):
+            if message_id:
                 sent = [*self._under_way.get(site, []), message_id]
                 self._under_way[site] = sent[-_MOST_UNDER_WAY:]
             self._posted[site] = self._posted.get(site, 0) + 1
             if site in self._bells:
                 self._bells[site].notify_all()
-
-    def _knows(self, site: str, message_id: str) -> bool:
-        place = self._places.get(site)
-        had = place.given | place.sent if place is not None else set()
-        return message_id in had | self._lost | self._broken
 
     def posted(self, site: str) -> int:
         """Grows with each `post`; what `wait_for_post` wants to know."""
@@ -123,24 +115,11 @@ class Roster:
                 self._broken |= gone.sent
         self.ring()
 
-    def under_way(self, site: str) -> list[str]:
-        """What was sent to the site and no pull has brought yet; for `brought_nothing`."""
+    def broke_off(self, site: str) -> None:
+        """A pull ended without an answer: the SuperLink may believe that it brought everything."""
         with self._changed:
-            return list(self._under_way.get(site, []))
-
-    def brought_nothing(self, site: str, sent: list[str]) -> None:
-        """A pull that began when these were under way found none: one that broke off took them.
-
-        Or the SuperLink cannot be reached, and may have handed them out before: asking again costs
-        a hospital nothing.
-        """
-        with self._changed:
-            under_way = self._under_way.get(site, [])
-            gone = set(sent).intersection(under_way)
-            self._under_way[site] = [m for m in under_way if m not in gone]
-            self._lost |= gone
-        if gone:
-            self.ring()
+            self._lost.update(self._under_way.pop(site, []))
+        self.ring()
 
     def gave(self, site: str, message_ids: list[str]) -> None:
         """These messages are with the site now."""

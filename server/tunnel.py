@@ -267,11 +267,10 @@ class Gate:
         end, generation = time.monotonic() + _HOLD_S, guest.generation
         while generation == guest.generation:
             posted = self._roster.posted(site)
-            sent = self._roster.under_way(site)
-            answer = self._pass(guest, call, call.body)
+            answer, broke_off = self._tried(guest, call, call.body)
             brought = answer.status == 200 and nodes.delivered(answer.body)
-            if answer.status == 503 or (answer.status == 200 and not brought):
-                self._roster.brought_nothing(site, sent)
+            if broke_off and not brought:
+                self._roster.broke_off(site)
             if answer.status != 200 or brought:
                 return answer
             look = min(time.monotonic() + _LOOK_S, end)
@@ -306,12 +305,17 @@ class Gate:
 
     def _pass(self, guest: _Guest, call: Call, body: bytes) -> Answer:
         """One HTTP call to the SuperLink; 503 where it cannot be reached or fails."""
+        return self._tried(guest, call, body)[0]
+
+    def _tried(self, guest: _Guest, call: Call, body: bytes) -> tuple[Answer, bool]:
+        """`_pass`, and whether the SuperLink may have done it once without an answer."""
         headers = {n: v for n, v in call.headers.items() if n in PASSED_ON}
         headers |= guest.key.headers() | {KEY_HEADER: self._key}
         with self._bulk if call.path.endswith("-object") else nullcontext():
             return self._passed(call.path, body, headers)
 
-    def _passed(self, path: str, body: bytes, headers: dict[str, str]) -> Answer:
+    def _passed(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[Answer, bool]:
+        broke_off = False
         for _ in range(2):
             connection = self._idle.pop() if self._idle else self._connection()
             try:
@@ -322,14 +326,15 @@ class Gate:
                 # The SuperLink closes idle connections, which shows only at the next use.
                 connection.close()
                 log.debug("a call to the engine failed: %s", type(error).__name__)
+                broke_off = True
                 continue
             self._idle.append(connection)
             if got.status >= 500:
                 log.warning("the engine failed at a call: %d", got.status)
-                return Answer(503)
+                return Answer(503), True
             back = {n.lower(): v for n, v in got.getheaders() if n.lower() in PASSED_BACK}
-            return Answer(got.status, back, content)
-        return Answer(503)
+            return Answer(got.status, back, content), broke_off
+        return Answer(503), broke_off
 
     def close(self) -> None:
         """Close the connections to the SuperLink."""

@@ -331,63 +331,12 @@ def test_a_question_that_comes_at_the_second_try_is_not_lost(superlink) -> None:
     gate.close()
 
 
-def test_a_question_that_comes_while_an_empty_answer_is_on_its_way_is_not_lost(superlink) -> None:
-    """The connection had gone stale, too, which is so after every five idle seconds."""
-    roster = Roster()
-    gate = Gate(superlink.address, KEY, roster)
-    activate(gate)
-
-    def empty(body: bytes) -> tuple[int, bytes]:
-        superlink.plan["pull-messages"] = lambda body: one_message()
-        roster.post("north", "question")
-        return 200, b""
-
-    def stale(body: bytes) -> tuple[int, bytes]:
-        superlink.plan["pull-messages"] = empty
-        raise ConnectionError
-
-    superlink.plan["pull-messages"] = stale
-    assert gate.answer("north", pull()).body == one_message()[1]
-    assert not roster.was_lost("question")
-    gate.close()
-
-
-def test_a_question_is_asked_again_where_the_superlink_is_away(superlink) -> None:
-    """It may have handed it out before; what was sent to others is not touched."""
-    roster = Roster()
-    gate = Gate(superlink.address, KEY, roster)
-    activate(gate)
-
-    def away(body: bytes) -> tuple[int, bytes]:
-        raise ConnectionError
-
-    superlink.plan["pull-messages"] = away
-    roster.post("north", "question")
-    roster.post("south", "another")
-    assert gate.answer("north", pull()).status == 503
-    assert roster.was_lost("question")
-    assert not roster.was_lost("another")
-    gate.close()
-
-
-@pytest.mark.parametrize("answered", [False, True])
-def test_a_question_that_was_brought_before_it_was_noted_is_not_lost(answered: bool) -> None:
-    roster = Roster()
-    roster.arrived("north", 11)
-    roster.gave("north", ["a"])
-    if answered:
-        roster.got("north", ["a"])
-    roster.post("north", "a")
-    assert roster.under_way("north") == []
-
-
 def test_a_question_that_was_brought_is_not_lost_by_a_later_pull() -> None:
     roster = Roster()
     roster.arrived("north", 11)
     roster.post("north", "a")
-    sent = roster.under_way("north")
     roster.gave("north", ["a"])
-    roster.brought_nothing("north", sent)
+    roster.broke_off("north")
     assert not roster.was_lost("a")
 
 
