@@ -14,8 +14,8 @@ from flwr.serverapp import Grid, ServerApp
 from medfl.common.errors import FederationError, NotAdmitted
 from medfl.common.flower_objects import Malformed, fixed
 from medfl.common.flower_records import from_record, to_record
-from medfl.common.latest import Latest
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
+from medfl.common.recent import Recent
 from medfl.server.patience import AWAY_S, Patience
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class FlowerSites:
         waiting: list[tuple[str, int]] = []
 
         def messages() -> Iterator[Message]:
-            packed = Latest[Instruction, RecordDict](lambda asked: to_record(pack(asked)))
+            packed = Recent[Instruction, RecordDict](lambda asked: to_record(pack(asked)))
             for address, asked in instructions:
                 waiting.append((address, asked.round))
                 yield Message(
@@ -103,7 +103,7 @@ class ConnectedSites:
 
     def ask(self, instructions: Iterable[tuple[str, Instruction]]) -> Iterator[Reply]:
         """One reply an instruction, in order; at most one waits in memory."""
-        packed = Latest[Instruction, RecordDict](lambda asked: fixed(to_record(pack(asked))))
+        packed = Recent[Instruction, RecordDict](lambda asked: fixed(to_record(pack(asked))))
         sent = [(site, one, self._send(site, one, packed(one))) for site, one in instructions]
         del packed
         began = time.monotonic()

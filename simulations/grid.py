@@ -18,7 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from medfl.common.errors import FederationError
 from medfl.common.flower_records import as_text, from_text, joined, parted
-from medfl.common.latest import Latest
+from medfl.common.recent import Recent
 from medfl.simulations.pool import Pool, WorkerDied
 
 _WORKER_DIED = 3
@@ -57,7 +57,7 @@ class LocalGrid(Grid):
         self._pool, self._n_nodes = pool, n_nodes
         self._run = Run.create_empty(run_id)
         self._futures: dict[str, tuple[Message, Future[bytes]]] = {}
-        self._packed = Latest[RecordDict, bytes](lambda content: b"".join(joined(b"", content)))
+        self._packed = Recent[RecordDict, bytes](lambda content: b"".join(joined(b"", content)))
         # Flower's message constructor asks who this process is; each grid addresses its own
         # messages, so that several runs can share the process.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, run_id, 0

@@ -63,7 +63,7 @@ class _Worker:
 @dataclass(frozen=True, slots=True)
 class _Given:
     task: bytes
-    kept: bytes | None
+    common: bytes | None
     future: Future[bytes]
 
 
@@ -172,10 +172,10 @@ class Pool:
                 continue
             worker = self._workers[number]
             try:
-                if given.kept is not None and worker.kept is not given.kept:
+                if given.common is not None and worker.kept is not given.common:
                     worker.pipe.send_bytes(_KEEP)
-                    worker.pipe.send_bytes(given.kept)
-                    worker.kept = given.kept
+                    worker.pipe.send_bytes(given.common)
+                    worker.kept = given.common
                 worker.pipe.send_bytes(_TASK)
                 worker.pipe.send_bytes(given.task)
                 future.set_result(_taken(worker.pipe, worker.room))

@@ -9,7 +9,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Latest(Generic[K, V]):
+class Recent(Generic[K, V]):
     """`make`, called once for an object that is asked about many times in a row.
 
     Objects are told apart by identity: what is asked of all sites has arrays that nobody compares.
