@@ -134,15 +134,19 @@ class Approved:
             privacy=site.privacy,
             device=device_of(site, folder),
             ledger_folder=site.ledger,
-            identity=self._identity(),
+            identity=self._identity(study.digest),
         )
 
-    def _identity(self) -> Identity:
-        """Of this site; others' keys are those that are pinned when they are asked for."""
+    def _identity(self, digest: str) -> Identity:
+        """Of this site; others' keys are those that are pinned and approved when they are asked
+        for: a hospital that the coordinator invented after the approval is nobody."""
         key = self.home.signing_key()
 
         def key_of(site: str) -> str | None:
-            return public_of(key) if site == self.name else self.home.enrolment().sites.get(site)
+            if site == self.name:
+                return public_of(key)
+            decision, pinned = self.home.decision(digest), self.home.enrolment().sites.get(site)
+            return pinned if decision and decision.sites.get(site) == pinned else None
 
         return Identity(key, key_of)
 

@@ -134,6 +134,10 @@ def approve(
     state: State = HOME,
     site: SiteFile = SITE,
     days: Annotated[float, typer.Option(help="How long the approval lasts.")] = 90.0,
+    among: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="Under masks, sum with this hospital; all known ones."),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -151,12 +155,13 @@ def approve(
     if not yes and not sys.stdin.isatty():
         raise ConfigError("There is nobody to ask: read `medfl-client show`, then say --yes")
     cohort, cases = _checked(own, found)
+    consent.summed_with(home, found, among or (), own.policy.min_sum_sites)
     if not yes:
         typer.echo("\n".join(words.describe(found, published, home.enrolment(), own)), err=as_json)
         typer.echo("", err=as_json)
         question = f"Sign {found.name} for {cases} training cases and {days:g} days?"
         typer.confirm(question, abort=True, err=as_json)
-    decision = consent.approve(home, found, cohort, cases, days)
+    decision = consent.approve(home, found, cohort, cases, days, among or ())
     told = _send(home, decision)
     plain = {
         "study": found.name,
@@ -224,6 +229,7 @@ def status(state: State = HOME, as_json: AsJson = False) -> None:
     from medfl.client.service import Status
     from medfl.common import certificates
     from medfl.common.kept import load_record
+    from medfl.common.signing import key_fingerprint, public_of
 
     home = _home(state)
     enrolment = home.enrolment()
@@ -243,8 +249,11 @@ def status(state: State = HOME, as_json: AsJson = False) -> None:
         "certificate_days": days,
         "studies": verdicts,
     }
+    key = key_fingerprint(public_of(home.signing_key()))
+    plain["signing_key"] = key
     lines = [
         f"{enrolment.site} in {enrolment.federation} ({enrolment.address}): {now}.",
+        f"Fingerprint of this hospital's key, for others who ask by telephone: {key}",
         holds,
         *([] if days is None else ending(home)),
         *(f"{name}: {verdict}" for name, verdict in verdicts.items()),

@@ -7,9 +7,11 @@ can answer it.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from medfl.client.coordinator import Line
+from medfl.client.enrolment import pin_sites
 from medfl.client.premises import Home
 from medfl.common import study_text
 from medfl.common.approvals import Decision, signed, why_not
@@ -55,11 +57,15 @@ def allowed(
 def fetch(home: Home, line: Line) -> list[Published]:
     """The published studies, each checked against the coordinator's pinned key and kept.
 
+    The keys of sites that are new here are pinned, so that an approval can name them.
+
     Raises:
-        PolicyRefused: one is not signed by that key, or is not what its digest says.
+        PolicyRefused: one is not signed by that key, or is not what its digest says; or the key of
+            a site has changed.
     """
     coordinator = home.enrolment().coordinator_key
     answer = line.call("Studies", AskStudies(), Studies)
+    pin_sites(home, answer.sites)
     for shown in answer.published:
         study_text.opened(coordinator, shown)
     for shown in answer.published:
@@ -97,13 +103,21 @@ def by_digest(home: Home, digest: str) -> Study:
     raise PolicyRefused("This hospital has never heard of the study that it was asked for.")
 
 
-def approve(home: Home, study: Study, cohort: str, cases: int, days: float) -> Decision:
+def approve(
+    home: Home,
+    study: Study,
+    cohort: str,
+    cases: int,
+    days: float,
+    among: Collection[str] = (),
+) -> Decision:
     """Sign and keep an approval for these cases; `send` tells the coordinator.
 
     An approval that says the same and lasts as long is kept as it is.
+    among: the hospitals that an update may be summed with under masks; () = all that are known.
 
     Raises:
-        ConfigError: no cases, or a time that is none.
+        ConfigError: no cases, a time that is none, or too few hospitals for a secure sum.
     """
     if cases < 1 or not cohort:
         raise ConfigError("There are no training cases to approve; run: medfl-client check")
@@ -112,7 +126,8 @@ def approve(home: Home, study: Study, cohort: str, cases: int, days: float) -> D
     now = int(home.clock())
     known = allowed(home, study.digest, cohort)
     expires = now + int(days * DAY_S)
-    if isinstance(known, Decision) and known.cases == cases:
+    sites = summed_with(home, study, among)
+    if isinstance(known, Decision) and (known.cases, known.sites) == (cases, sites):
         if abs(known.expires - expires) < DAY_S // 2:
             return known
     decision = Decision(
@@ -123,8 +138,35 @@ def approve(home: Home, study: Study, cohort: str, cases: int, days: float) -> D
         cases=cases,
         at=_after_the_last(home, study.digest, now),
         expires=expires,
+        sites=sites,
     )
     return _keep(home, decision)
+
+
+def summed_with(
+    home: Home, study: Study, among: Collection[str] = (), fewest: int = 2
+) -> dict[str, str]:
+    """Keys of the hospitals that this one's update may be summed with; none without masks.
+
+    fewest: hospitals that this one's policy asks for in a sum, itself counted.
+
+    Raises:
+        ConfigError: one of `among` is not known here, or they are too few for the study.
+    """
+    if study.secure_aggregation is None:
+        return {}
+    pinned = home.enrolment().sites
+    if unknown := sorted(set(among) - set(pinned)):
+        raise ConfigError(f"--with: no key of {', '.join(unknown)} is known here")
+    chosen = {site: key for site, key in pinned.items() if not among or site in among}
+    fewest = max(fewest, study.federation.min_sites)
+    if len(chosen) + 1 < fewest:
+        raise ConfigError(
+            f"A sum needs {fewest} hospitals here; the approval would name {len(chosen)} beside "
+            "this one. Approve when the others have enrolled; `medfl-client studies` asks for "
+            "their keys."
+        )
+    return chosen
 
 
 def withdraw(home: Home, study_digest: str) -> Decision:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from medfl.client.budget import terms_of
 from medfl.client.premises import Enrolment
 from medfl.common.coordination import Published
+from medfl.common.signing import key_fingerprint
 from medfl.common.site import Site
 from medfl.common.study import Study
 
@@ -31,6 +32,7 @@ def describe(
         *_computed(study),
         "",
         *_leaves(study, site),
+        *_summed_with(study, enrolment),
         "",
         *_privacy(study, site),
     ]
@@ -80,6 +82,19 @@ def _leaves(study: Study, site: Site | None) -> Iterator[str]:
         yield "  The change of the weights leaves under masks: the coordinator learns the sum over"
         yield f"  at least {least} hospitals and no single one's."
     yield "What never leaves: images, records, file names, patients' names and numbers."
+
+
+def _summed_with(study: Study, enrolment: Enrolment) -> Iterator[str]:
+    """Whose keys an approval would name."""
+    if study.secure_aggregation is None:
+        return
+    yield "It may be summed with these hospitals and no others. Whoever invents hospitals can take"
+    yield "their updates off the sum: compare the fingerprints by telephone (`medfl-client status`"
+    yield "shows a hospital its own), or name whom you trust: medfl-client approve --with NAME."
+    for name, key in sorted(enrolment.sites.items()):
+        yield f"  {name}: {key_fingerprint(key)}"
+    if not enrolment.sites:
+        yield "  none is known here yet; medfl-client studies asks for them"
 
 
 def _leaves_plain(study: Study, site: Site | None) -> Iterator[str]:

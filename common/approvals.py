@@ -5,7 +5,7 @@ Both sides hold the signed word: the hospital to enforce it, the coordinator to 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
@@ -20,8 +20,9 @@ class Decision:
     """verdict: approved, or withdrawn (then cohort, cases and expiry say nothing).
 
     study, cohort: digests. cases: training cases of the cohort (under privacy the declared number),
-    the most that the site may claim as its weight. at, expires: seconds since 1970. signature: by
-    the site's pinned key.
+    the most that the site may claim as its weight. at, expires: seconds since 1970. sites: under
+    secure aggregation the signing keys (hex) of the others that it may be summed with. signature:
+    by the site's pinned key.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -32,6 +33,7 @@ class Decision:
     cases: int
     at: int
     expires: int
+    sites: dict[str, str] = field(default_factory=dict)
     signature: str = ""
 
 

@@ -115,11 +115,15 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class Studies:
-    """All published studies, newest first. now: the server's clock."""
+    """All published studies, newest first. now: the server's clock.
+
+    sites: signing keys of the other sites by name; whoever approves a secure sum approves these.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
     now: float
     published: tuple[Published, ...] = ()
+    sites: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,11 @@ def fingerprint(content: bytes) -> str:
     return " ".join(digits[i : i + 4] for i in range(0, len(digits), 4))
 
 
+def key_fingerprint(public: str) -> str:
+    """Of a public key (hex): the first half of `fingerprint`, 128 bits."""
+    return fingerprint(bytes.fromhex(public))[:39]
+
+
 def sign(key: SigningKey, purpose: str, plain: Plain) -> str:
     """Signature over purpose and value, as base64 text."""
     return base64.b64encode(key.sign(_covered(purpose, plain))).decode()

@@ -106,18 +106,21 @@ class Coordinator:
         except PolicyRefused:
             self._federation.record("second session refused", site=caller.name)
             raise
-        others = {
-            s.name: s.signing_key
-            for s in self._federation.sites()
-            if s.status == "active" and s.name != caller.name
-        }
         return Welcome(
             now=self._federation.clock(),
             federation=self._federation.name,
             version=__version__,
             certificate_ends=caller.ends,
-            sites=others,
+            sites=self._others(caller),
         )
+
+    def _others(self, caller: SiteRecord) -> dict[str, str]:
+        """Signing keys of the other sites, by name."""
+        return {
+            s.name: s.signing_key
+            for s in self._federation.sites()
+            if s.status == "active" and s.name != caller.name
+        }
 
     def bye(self, caller: SiteRecord, asked: Bye) -> Done:
         self._peers.sessions.end(caller.name, asked.session)
@@ -125,7 +128,7 @@ class Coordinator:
 
     def studies(self, caller: SiteRecord, asked: AskStudies) -> Studies:
         found = tuple(studies.published(self._federation))
-        return Studies(now=self._federation.clock(), published=found)
+        return Studies(self._federation.clock(), found, self._others(caller))
 
     def decide(self, caller: SiteRecord, asked: Decide) -> Done:
         studies.decide(self._federation, caller, asked.decision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from medfl.common import study_text
@@ -99,8 +100,44 @@ def decision_of(federation: Federation, study: str, site: str) -> Decision | Non
 def approvals(federation: Federation, study: str) -> dict[str, Decision]:
     """Sites that may be asked now, with the approval that says so; signatures are checked again.
 
-    study: digest. A revoked site has no approval that counts.
+    study: digest. A revoked site has no approval that counts, and in a secure sum only those take
+    part whose keys all the others have approved.
     """
+    found = _all_approvals(federation, study)
+    left_out = unsummed(federation, study)
+    return {site: decision for site, decision in found.items() if site not in left_out}
+
+
+def unsummed(federation: Federation, study: str) -> dict[str, str]:
+    """Sites with an approval that cannot be in one secure sum with the others, and why.
+
+    Whoever lacks most others is left out first, and of two the one that approved later: usually a
+    hospital that enrolled after the others had approved.
+    """
+    keys = {r.name: r.signing_key for r in federation.sites()}
+    found = _all_approvals(federation, study)
+    if not any(decision.sites for decision in found.values()):
+        return {}
+    strangers = {
+        a: {b for b in found if b != a and not _know_each_other(found, keys, a, b)} for a in found
+    }
+    left_out = {}
+    while any(strangers.values()):
+        worst = max(strangers, key=lambda site: (len(strangers[site]), found[site].at, site))
+        names = ", ".join(sorted(strangers.pop(worst)))
+        left_out[worst] = f"not in one sum with {names}: one of them has not approved the other"
+        for others in strangers.values():
+            others.discard(worst)
+    return left_out
+
+
+def _know_each_other(
+    found: Mapping[str, Decision], keys: Mapping[str, str], a: str, b: str
+) -> bool:
+    return found[a].sites.get(b) == keys[b] and found[b].sites.get(a) == keys[a]
+
+
+def _all_approvals(federation: Federation, study: str) -> dict[str, Decision]:
     found = {}
     for record in federation.sites():
         decision = decision_of(federation, study, record.name)

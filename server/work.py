@@ -165,10 +165,12 @@ def _quorum(
 
 
 def _missing(federation: Federation, digest: str, there: set[str]) -> Iterator[str]:
+    unsummed = studies.unsummed(federation, digest)
     for record in federation.sites():
         if record.name not in there and record.status == "active":
             decision = studies.decision_of(federation, digest, record.name)
-            why = studies.refusal(federation, record, decision, digest) or "not connected"
+            why = studies.refusal(federation, record, decision, digest)
+            why = why or unsummed.get(record.name) or "not connected"
             yield f"{record.name} ({why})"
 
 

@@ -101,7 +101,10 @@ def agree(
     for advert in agreement.adverts:
         public = key_of(advert.site)
         if public is None:
-            raise PolicyRefused(f"No signing key of {advert.site} is pinned here.")
+            raise PolicyRefused(
+                f"{advert.site} is not among the hospitals whose keys this one has approved. If it "
+                "may take part, approve the study again."
+            )
         if not said.is_genuine(agreement.exchange, advert, public):
             raise PolicyRefused(
                 f"The keys in the name of {advert.site} are not signed by it for this round."

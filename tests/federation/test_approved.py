@@ -23,9 +23,9 @@ from medfl.common.kept import save_record
 from medfl.common.messages import Instruction, Reply, pack
 from medfl.common.private_files import private_folder
 from medfl.common.receipts import asked_by, content_of, detach
-from medfl.common.signing import new_key, public_of
+from medfl.common.signing import load_key, new_key, public_of
 from medfl.common.site import load_site
-from medfl.common.study import Study
+from medfl.common.study import SecureAggregation, Study
 
 STUDY = {
     "name": "tiny",
@@ -89,16 +89,33 @@ def test_an_approved_study_finds_its_hospital_under_the_enrolled_name(world: Wor
     assert world.find() is hospital
 
 
-def test_a_hospital_signs_as_enrolled_and_knows_the_keys_that_are_pinned_by_then(
+def test_a_hospital_signs_as_enrolled_and_knows_the_keys_that_are_pinned_and_approved(
     world: World,
 ) -> None:
-    world.approve()
-    identity = world.find().identity
+    """A key that is pinned after the approval is that of a hospital which nobody has approved."""
     home = world.finder.home
+    federation = replace(world.study.federation, min_sites=2)
+    masks = SecureAggregation(range=1.0)
+    secure = replace(world.study, federation=federation, secure_aggregation=masks)
+    made = study_text.publish(new_key(home.folder / "c.key"), secure, 0)
+    coordinator = public_of(load_key(home.folder / "c.key"))
+    save_record(home.folder / "studies" / f"{secure.digest}.json", made)
+    south, west = "ab" * 32, "cd" * 32
+    known = replace(home.enrolment(), coordinator_key=coordinator, sites={"south": south})
+    save_record(home.enrolment_file, known)
+    world.study = secure
+    world.approve()
+    assert home.decision(secure.digest).sites == {"south": south}
+    identity = world.find().identity
     assert identity.key_of("north") == public_of(identity.key) == public_of(home.signing_key())
+    assert identity.key_of("south") == south
+    save_record(home.enrolment_file, replace(known, sites={"south": south, "west": west}))
+    assert identity.key_of("west") is None
+    world.approve()
+    assert identity.key_of("west") == west
+    # Another key under a name that was approved is another hospital.
+    save_record(home.enrolment_file, replace(known, sites={"south": west, "west": west}))
     assert identity.key_of("south") is None
-    save_record(home.enrolment_file, replace(home.enrolment(), sites={"south": "ab" * 32}))
-    assert identity.key_of("south") == "ab" * 32
 
 
 def test_nothing_is_even_read_for_a_study_that_is_not_approved(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,12 +13,12 @@ from medfl.client import consent, words
 from medfl.client.consent import Refusal, allowed
 from medfl.client.premises import Enrolment, Home
 from medfl.common import config, study_text
-from medfl.common.approvals import Decision, signed
+from medfl.common.approvals import Decision, is_by, signed
 from medfl.common.coordination import AskStudies, Decide, Done, Published, Studies
 from medfl.common.errors import ConfigError, PolicyRefused
 from medfl.common.kept import save_record
 from medfl.common.private_files import private_folder
-from medfl.common.signing import new_key, public_of
+from medfl.common.signing import key_fingerprint, load_key, new_key, public_of
 from medfl.common.site import Policy, SitePrivacy
 from medfl.common.site import Site as SiteFile
 from medfl.common.source import DataSource
@@ -60,7 +61,8 @@ class World:
     def call(self, method: str, message: object, answer: type) -> object:
         """As `medfl.client.coordinator.Line.call`."""
         if isinstance(message, AskStudies):
-            return Studies(self.clock(), tuple(studies.published(self.federation)))
+            others = {s.name: s.signing_key for s in self.federation.sites() if s.name != "a"}
+            return Studies(self.clock(), tuple(studies.published(self.federation)), others)
         assert isinstance(message, Decide)
         record = self.federation.site("a")
         assert record is not None
@@ -353,3 +355,87 @@ def test_sums_are_told_only_where_they_leave() -> None:
     federated = {"dimensions": 2, "size": [28, 28], "intensity": "federated"}
     assert "sums over the training cases" in told(study(image=federated), None)
     assert "no sums" in told(study(), None)
+
+
+# --- who may be in a secure sum ----------------------------------------------------------------
+
+SECURE = {"secure_aggregation": {"range": 1.0}}
+
+
+def enrolled(world: World, name: str) -> SiteRecord:
+    """Another site's record, with a key of its own."""
+    first = world.federation.site("a")
+    assert first is not None
+    key = new_key(world.home.folder / f"{name}.key")
+    record = replace(first, name=name, signing_key=public_of(key))
+    save_record(world.federation.state / "sites" / f"{name}.json", record)
+    return record
+
+
+def test_an_approval_of_a_secure_sum_names_the_hospitals_that_were_known_then(
+    world: World,
+) -> None:
+    published = studies.publish(world.federation, study(**SECURE))
+    line: Any = world
+    consent.fetch(world.home, line)
+    found = consent.find(world.home, published.digest[:8])[1]
+    with pytest.raises(ConfigError, match="would name 0 beside this one"):
+        consent.approve(world.home, found, COHORT, 12, 30)
+    keys = {name: enrolled(world, name).signing_key for name in ("b", "c")}
+    consent.fetch(world.home, line)
+    decision = consent.approve(world.home, found, COHORT, 12, 30)
+    assert decision.sites == keys
+    told = "\n".join(words.describe(found, published, world.home.enrolment(), None))
+    assert all(f"{name}: {key_fingerprint(key)}" in told for name, key in keys.items())
+    # An invented hospital comes later: it is in no approval, and a new one is another word.
+    enrolled(world, "ghost")
+    consent.fetch(world.home, line)
+    kept = world.home.decision(found.digest)
+    assert kept is not None
+    assert "ghost" not in kept.sites
+    world.clock.now += 1
+    only = consent.approve(world.home, found, COHORT, 12, 30, ["b"])
+    assert only.sites == {"b": keys["b"]}
+    with pytest.raises(ConfigError, match="no key of nobody"):
+        consent.approve(world.home, found, COHORT, 12, 30, ["nobody"])
+    with pytest.raises(ConfigError, match="A sum needs 3 hospitals here"):
+        consent.summed_with(world.home, found, ["b"], fewest=3)
+    # The names are under the signature.
+    forged = replace(only, sites=keys)
+    assert is_by(public_of(world.home.signing_key()), only)
+    assert not is_by(public_of(world.home.signing_key()), forged)
+
+
+def test_a_plain_study_names_nobody(world: World, known: Study) -> None:
+    enrolled(world, "b")
+    assert approve(world, known).sites == {}
+
+
+def test_the_coordinator_sums_only_hospitals_that_have_approved_each_other(world: World) -> None:
+    """c enrolled and approved last; a and b had approved without it."""
+    published = studies.publish(world.federation, study(**SECURE))
+    keys = {"a": public_of(world.home.signing_key())}
+    records = {name: enrolled(world, name) for name in ("b", "c")}
+    keys |= {name: record.signing_key for name, record in records.items()}
+
+    def decide(name: str, at: int, *others: str) -> None:
+        made = Decision(
+            "approved", name, published.digest, COHORT, 10, at, at + DAY,
+            {other: keys[other] for other in others},
+        )  # fmt: skip
+        own = world.home.signing_file if name == "a" else world.home.folder / f"{name}.key"
+        record = world.federation.site(name)
+        assert record is not None
+        studies.decide(world.federation, record, signed(load_key(own), made))
+
+    now = int(world.clock())
+    decide("a", now, "b")
+    decide("b", now + 1, "a")
+    decide("c", now + 2, "a", "b")
+    assert set(studies.approvals(world.federation, published.digest)) == {"a", "b"}
+    left_out = studies.unsummed(world.federation, published.digest)
+    assert set(left_out) == {"c"}
+    assert "not in one sum with a, b" in left_out["c"]
+    decide("a", now + 3, "b", "c")
+    decide("b", now + 4, "a", "c")
+    assert set(studies.approvals(world.federation, published.digest)) == {"a", "b", "c"}

@@ -236,7 +236,7 @@ def test_a_site_whose_key_is_not_pinned_is_refused(table) -> None:
     played = table(NAMES)
     agreement = played.advertise()
     del played.identities["h4"]
-    with pytest.raises(PolicyRefused, match="No signing key of h4"):
+    with pytest.raises(PolicyRefused, match="h4 is not among the hospitals"):
         played.agree("h0", agreement)
 
 
