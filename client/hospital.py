@@ -304,8 +304,9 @@ def _plan(
     plan = TrainPlan(
         round=asked.round,
         rounds=hospital.study.federation.rounds,
-        # The empty part keeps published results as they are, to the bit.
-        seed=derive(asked.seed, "site", hospital.name, "", "round", asked.round),
+        seed=derive(
+            asked.seed, "site", hospital.name, _run_part(hospital, asked), "round", asked.round
+        ),
         device=hospital.device,
         penalty=proximal(mu) if mu else None,
     )
@@ -313,6 +314,17 @@ def _plan(
         return plan, None
     dp, entry = private_site.charged(hospital, hospital.terms, asked, patients)
     return replace(plan, dp=dp), entry
+
+
+def _run_part(hospital: Hospital, asked: Instruction) -> str:
+    """What of the run's name goes into the seed of training.
+
+    Under masks all of it: two runs' sums over other hospitals are then sums of other updates. Else
+    none, since the coordinator sees each update anyway; and none of "main", which simulations and
+    the engine call the run that has no name, so that masks change no simulated result.
+    """
+    masked = hospital.study.secure_aggregation is not None
+    return asked.run if masked and asked.run != "main" else ""
 
 
 def proximal(mu: float) -> Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]:

@@ -4,7 +4,7 @@ Keys and shares of the next round ride on this round's answers where the coordin
 What a site knows of an exchange lies in `state/secure`, readable by nobody else, and is written
 before the answer leaves: after a crash it masks nothing twice, and takes masks off for no second
 sum. The secrets serve one round; those of the last two rounds are kept, and no backup has them
-(`.once`).
+(`.once`). With whom each model's updates were summed stays for ever, over all runs (`sums.jsonl`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import ConfigDict
 
 from medfl.client.by_round import ByRound
+from medfl.client.journal import Journal
 from medfl.common import tensors
 from medfl.common.errors import ConfigError, FederationError, NotFinite, PolicyRefused
 from medfl.common.kept import load_record, save_record
@@ -52,6 +53,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MASKED = "masked"
+_ONE_SET = (
+    "Updates of this model were summed before over other sites; not a second time. Start the run "
+    "with all the hospitals of before, or from other weights (another --seed)."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +69,11 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Summed:
-    """For whom masks were taken off, by round, of the last run."""
+    """For whom masks were taken off updates of one model. model: digest of its weights."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
-    run: str
-    alive: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    model: str
+    alive: tuple[str, ...]
 
 
 def simulated_identity(site: str) -> Identity:
@@ -117,6 +122,9 @@ def expect(hospital: Hospital, asked: Instruction) -> None:
         present = from_plain(asked.secure, Present)
         fewest = hospital.policy.min_sum_sites
         steps.expected(_member(hospital, _exchange(asked)), present, fewest=fewest)
+        before = _summed(hospital, asked.model)
+        if before is not None and not set(before.alive) <= set(present.sites):
+            raise PolicyRefused(_ONE_SET)
 
 
 def masked(hospital: Hospital, asked: Instruction, reply: Reply) -> Reply:
@@ -134,7 +142,7 @@ def masked(hospital: Hospital, asked: Instruction, reply: Reply) -> Reply:
     agreement = steps.expected(member, present, fewest=fewest)
     words, scale = _words(hospital, asked, reply, agreement)
     member, under = steps.mask(member, present, words, fewest=fewest)
-    _keep(hospital, member)
+    _keep(hospital, replace(member, model=asked.model))
     told = as_plain(_new_keys(hospital, _after(exchange))) if present.ahead else {}
     return replace(reply, delta={MASKED: to_wire(under, scale.ring)}, control={}, secure=told)
 
@@ -142,21 +150,18 @@ def masked(hospital: Hospital, asked: Instruction, reply: Reply) -> Reply:
 def unmask(hospital: Hospital, asked: Instruction) -> Reply:
     """This site's shares of the living sites' own masks and of the dead ones' masking keys.
 
-    A round that is asked again is answered for the same sites only: the difference of two sums of
-    the same updates would be the update of who is missing in one.
+    Updates of one model are summed over one set of sites, in whatever run, round or attempt they
+    are asked for: the difference of two sums would be the update of who is missing in one.
     """
     wanted, exchange = from_plain(asked.secure, Unmask), _exchange(asked)
     member, revealed = steps.unmask(
         _member(hospital, exchange), wanted, fewest=hospital.policy.min_sum_sites
     )
-    file = _folder(hospital) / "summed.json"
-    summed = load_record(file, Summed)
-    if summed is None or summed.run != asked.run:
-        summed = Summed(asked.run)
-    before = summed.alive.get(str(asked.round))
-    if before is not None and set(before) != set(wanted.alive):
-        raise PolicyRefused("This round was summed before over other sites; not a second time.")
-    save_record(file, replace(summed, alive={**summed.alive, str(asked.round): wanted.alive}))
+    before = _summed(hospital, member.model)
+    if before is not None and set(before.alive) != set(wanted.alive):
+        raise PolicyRefused(_ONE_SET)
+    if before is None:
+        _sums(hospital).append(Summed(member.model, wanted.alive))
     _keep(hospital, member)
     ahead = None if wanted.ahead is None else _ahead(hospital, exchange, wanted.ahead)
     return Reply(site=hospital.name, secure=as_plain(Unmasked(revealed, ahead)))
@@ -251,6 +256,16 @@ def _keep(hospital: Hospital, member: Member) -> None:
 
 def _file(hospital: Hospital, round_: int) -> Path:
     return _folder(hospital) / f"member-{round_:05d}.once"
+
+
+def _summed(hospital: Hospital, model: str) -> Summed | None:
+    """The sum that updates of this model were in, over all runs of the study."""
+    found = (one for one in _sums(hospital).lines() if one.model == model)
+    return next(found, None)
+
+
+def _sums(hospital: Hospital) -> Journal[Summed]:
+    return Journal(_folder(hospital) / "sums.jsonl", Summed)
 
 
 def _folder(hospital: Hospital) -> Path:

@@ -37,6 +37,7 @@ class Member:
     """One site in one exchange, with its secrets (hex).
 
     present: whom the update was masked with; () before. alive: whom masks were taken off for.
+    model: digest of the weights that the update began at, for whoever keeps the member.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -49,6 +50,7 @@ class Member:
     agreement: Agreement | None = None
     present: tuple[str, ...] = ()
     alive: tuple[str, ...] = ()
+    model: str = ""
 
     def __repr__(self) -> str:
         return f"Member({self.site}, {self.exchange})"

@@ -299,6 +299,72 @@ def test_a_round_is_not_summed_a_second_time_over_other_sites(table_study, wire,
     assert tensors.digest(again.weights) == tensors.digest(first.weights)
 
 
+def started_again(said):
+    """The same hospitals on the same disks, in new processes."""
+    return replace(said, hospitals=[replace(h, said={}, masked={}) for h in said.hospitals])
+
+
+@pytest.mark.parametrize("between", [(), ("X",)], ids=["A, B", "A, X, B"])
+@pytest.mark.parametrize("run", ["A", "B"])
+def test_one_models_updates_are_summed_over_one_set_of_sites_in_all_runs(
+    table_study, wire, between, run
+) -> None:
+    """Batches of all cases make an update a function of the model alone: without this, the sum over
+    five in run A minus the sum over four in run B is h4's update."""
+    study = table_study(SECURE, rounds=1)
+    study = replace(study, training=replace(study.training, batch_size=100))
+    said = wire(study)
+    first = run_study(study, said, seed=1, run="A")
+    for name in between:
+        run_study(study, said, seed=2, run=name)
+    said = started_again(said)
+    four = replace(said, hospitals=said.hospitals[:4])
+    with pytest.raises(FederationError, match="None of 1 rounds"):
+        run_study(study, four, seed=1, run=run, attempt=1)
+    # Refused before anybody trained.
+    rounds = [json.loads(e.about) for kind, e in four.heard if kind == "round"]
+    assert [r["steps"] for r in rounds[-4:]] == [0] * 4
+    said.silent = {"round": ("h4",)}
+    with pytest.raises(FederationError, match="None of 1 rounds"):
+        run_study(study, said, seed=1, run=run, attempt=2)
+    said.silent = {}
+    again = run_study(study, said, seed=1, run=run, attempt=3)
+    assert largest_difference(again.weights, first.weights) < 1e-6
+    # Other weights to begin with are another sum, over whom it may be.
+    assert not run_study(study, four, seed=3, run="C").records[0].void
+
+
+def test_a_model_that_stayed_as_it_was_is_summed_over_the_same_sites_in_the_next_round(
+    table_study, wire, train
+) -> None:
+    said = wire(table_study(SECURE, rounds=2))
+
+    def spoil(asked, reply):
+        """Round 1 is summed by all and lost: only one site's shares arrive."""
+        if (asked.round, asked.kind) == (1, "unmask") and reply.site != "h0":
+            return replace(reply, refusal="late", secure={})
+        if (asked.round, asked.kind, reply.site) == (2, "round", "h4"):
+            return replace(reply, refusal="late", secure={}, delta={})
+        return reply
+
+    said.spoil = spoil
+    with pytest.raises(FederationError, match="None of 2 rounds"):
+        train(said)
+
+
+def test_the_runs_name_is_in_the_seed_of_training_under_masks_alone(table_study, wire) -> None:
+    """Two runs of one seed train on other batches; "main" is what a simulation's run is called."""
+    for secure, same in ((SECURE, False), (None, True)):
+        study = table_study(secure, rounds=1)
+        one, other = (
+            run_study(study, wire(study), seed=1, run=run).weights for run in ("main", "trial-2")
+        )
+        assert (tensors.digest(one) == tensors.digest(other)) is same
+    study = table_study(SECURE, rounds=1)
+    named = [run_study(study, wire(study), seed=1, run="r1").weights for _ in range(2)]
+    assert tensors.digest(named[0]) == tensors.digest(named[1])
+
+
 def test_a_round_that_is_taken_up_again_masks_the_same_update_anew(
     table_study, wire, train
 ) -> None:
@@ -362,9 +428,9 @@ def test_what_a_site_keeps_of_an_exchange_is_for_its_own_eyes(table_study, wire,
     train(said)
     folder = said.hospitals[0].state / "secure"
     assert folder.stat().st_mode & 0o077 == 0
-    assert {f.name for f in folder.iterdir()} == {"member-00001.once", "summed.json"}
+    assert {f.name for f in folder.iterdir()} == {"member-00001.once", "sums.jsonl"}
     assert not any(f.stat().st_mode & 0o077 for f in folder.iterdir())
-    assert [name for name, _ in below(folder, "state")] == ["state/summed.json"]  # in a backup
+    assert [name for name, _ in below(folder, "state")] == ["state/sums.jsonl"]  # in a backup
 
 
 def test_a_message_of_a_round_cannot_be_asked_twice(table_study, wire, train) -> None:
