@@ -71,6 +71,7 @@ class _About:
     cases: dict[str, int]
     shared: dict[str, Any]
     refused: dict[str, str]
+    unlike: dict[str, tuple[str, ...]]
     server_rounds: int
     best_metric: str | None
     best_round: int
@@ -152,6 +153,7 @@ def _about(checkpoint: Checkpoint, study: str, run: str) -> _About:
         cases=dict(prepared.cases),
         shared=dict(statistics.statistics_to_plain(prepared.shared)),
         refused=prepared.refused,
+        unlike=dict(prepared.unlike),
         server_rounds=model.state.round,
         best_metric=model.best.metric,
         best_round=model.best.round,
@@ -162,7 +164,7 @@ def _about(checkpoint: Checkpoint, study: str, run: str) -> _About:
 
 def _prepared(about: _About) -> Prepared:
     shared = statistics.shared_from_plain(about.shared)
-    return Prepared(about.roster, about.cases, shared, about.refused)
+    return Prepared(about.roster, about.cases, shared, about.refused, about.unlike)
 
 
 def _arrays(model: Model) -> Iterator[tuple[str, Array]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from medfl.common import statistics
@@ -13,6 +13,7 @@ from medfl.common.errors import FederationError
 from medfl.common.messages import Instruction, Reply
 from medfl.common.statistics import LocalStatistics, Shared
 from medfl.common.study import Study
+from medfl.common.unlike import unlike
 from medfl.server.records import named
 from medfl.strategies.admission import cleaned, is_case_count
 
@@ -37,12 +38,16 @@ class Sites(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Who takes part, with how many training cases, what they share, and who refused why."""
+    """Who takes part, with how many training cases, what they share, and who refused why.
+
+    unlike: by hospital, the fields whose values are far from the other hospitals' (`unlike`).
+    """
 
     roster: Roster
     cases: Mapping[str, int]
     shared: Shared
     refused: dict[str, str]
+    unlike: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def prepare(study: Study, sites: Sites, say: Instruction) -> Prepared:
@@ -68,7 +73,10 @@ def prepare(study: Study, sites: Sites, say: Instruction) -> Prepared:
         )
     ordered = sorted(found)
     shared = statistics.merge(parts[n] for n in ordered)
-    return Prepared({n: found[n] for n in ordered}, cases, shared, refused)
+    odd = unlike(parts)
+    for name, fields in odd.items():
+        log.warning("site=%s is unlike the others: %s", name, "; ".join(fields))
+    return Prepared({n: found[n] for n in ordered}, cases, shared, refused, odd)
 
 
 def _part_of(reply: Reply) -> tuple[LocalStatistics | None, str]:

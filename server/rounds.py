@@ -57,6 +57,7 @@ class Outcome:
     records: tuple[RoundRecord, ...]
     seconds: float
     refused: dict[str, str] = field(default_factory=dict)
+    unlike: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,7 @@ def run_study(
         records=tuple(records),
         seconds=time.monotonic() - started,
         refused=prepared.refused,
+        unlike=prepared.unlike,
     )
 
 

@@ -122,6 +122,7 @@ def write_results(
         **summaries[main.name],
         "baselines": {run.name: summaries[run.name] for run in runs[1:]},
         "refused": outcome.refused,
+        "unlike": {site: list(fields) for site, fields in outcome.unlike.items()},
         "environment": dict(environment),
         "digests": {"study": study.digest, "model": tensors.digest(outcome.weights)},
         "cohorts": {r.site: r.cohort for r in outcome.final},

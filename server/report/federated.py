@@ -153,6 +153,7 @@ def facts(
         "mean": mean_over_sites([t for t in tests if t]),
         "baselines": {},
         "refused": {**absent, **outcome.refused},
+        "unlike": {site: list(fields) for site, fields in outcome.unlike.items()},
         "environment": {p: version(p) for p in ("medfl", "torch", "flwr")},
         "digests": {"study": study.digest, "model": tensors.digest(outcome.weights)},
         "cohorts": {r.site: r.cohort for r in outcome.final if r.cohort},

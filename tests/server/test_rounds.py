@@ -165,6 +165,22 @@ def test_what_all_share_is_made_of_all_training_records(
     assert shared.sds["x"] == pytest.approx(np.std(everything, ddof=1))
 
 
+def test_a_hospital_in_another_unit_is_named_from_the_sums_of_prepare(
+    risk_study: MakeStudy, sites: Callable[..., Here], caplog: pytest.LogCaptureFixture
+) -> None:
+    def spoil(asked: Instruction, reply: Reply) -> Reply:
+        if asked.kind != "prepare" or reply.site != "b":
+            return reply
+        x = {"n": 9.0, "total": 9000.0, "squares": 9e6 + 18.0}  # 1000 +- 1.5
+        return replace(reply, statistics={**reply.statistics, "features": {"x": x}})
+
+    study = risk_study(record={"scale": "federated"})
+    outcome = run_study(study, sites(study, spoil=spoil), seed=1)
+    said = "x: a mean far from the other hospitals'; in the same unit?"
+    assert outcome.unlike["b"] == (said,)
+    assert f"site=b is unlike the others: {said}" in caplog.text
+
+
 def test_the_loss_of_a_round_counts_cases(
     risk_study: MakeStudy, sites: Callable[..., Here]
 ) -> None:
