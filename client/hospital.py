@@ -148,11 +148,19 @@ def _answered(hospital: Hospital, asked: Instruction, started: float) -> Reply:
         seconds=time.monotonic() - started,
         cohort=hospital.cohort.digest if hospital.terms is None else "",
         metrics=rounded(reply.metrics, hospital.policy.round_metrics_to),
+        loss=_told_loss(hospital, reply.loss),
     )
     if asked.model and not hospital.simulated:
         hospital.said.clear()
         hospital.said[question] = reply
     return secure_site.masked(hospital, asked, reply)
+
+
+def _told_loss(hospital: Hospital, loss: float | None) -> float | None:
+    """The training loss is a metric too: rounded as they are, and not said under masks."""
+    if loss is None or hospital.study.secure_aggregation is not None:
+        return None
+    return round(loss, hospital.policy.round_metrics_to)
 
 
 def _refuse_forbidden(hospital: Hospital, asked: Instruction) -> None:

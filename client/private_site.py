@@ -42,10 +42,14 @@ def charged(
 
 
 def told(hospital: Hospital, asked: Instruction, part: Part) -> tuple[Summary, Entry | None]:
-    """What is said of one part's scores: all; under privacy nothing, or what is charged now."""
+    """What is said of one part's scores: all; under privacy nothing, or what is charged now.
+
+    Under masks nothing either: what one hospital says of weights that the coordinator chose tells
+    of its labels what the masks hide.
+    """
     study, terms, patients = hospital.study, hospital.terms, hospital.patients(part)
     if terms is None:
-        return summarise, None
+        return (summarise if study.secure_aggregation is None else withheld), None
     if terms.metrics_epsilon is None or part == "train" or not patients:
         return withheld, None
     noise = budget.metrics_noise(study, terms)

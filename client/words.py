@@ -101,7 +101,11 @@ def _leaves_plain(study: Study, site: Site | None) -> Iterator[str]:
     decimals = "" if site is None else f", rounded to {site.policy.round_metrics_to} decimals"
     yield "  each round: the change of the model's weights, and how many cases trained it;"
     names = ", ".join(study.evaluation.metrics or ["the task's usual ones"])
-    yield f"  each round and at the end: metrics over all cases of a part ({names}){decimals};"
+    if study.secure_aggregation is None:
+        yield "  each round: the mean training loss;"
+        yield f"  each round and at the end: metrics over all cases of a part ({names}){decimals};"
+    else:
+        yield "  no metrics and no loss: they would tell what masks hide. They stay here."
     yield "  once, before training: counts by part and by reason for leaving cases out, and"
     if _asks_statistics(study):
         yield "  sums over the training cases that the hospitals share for one normalisation."

@@ -85,7 +85,8 @@ class Reply:
     """What one hospital answers.
 
     n_cases: imaging studies or records trained on. metrics: by part, already rounded by the
-        hospital's policy. loss: mean training loss, None under differential privacy.
+        hospital's policy. loss: mean training loss, rounded likewise; None under differential
+        privacy and under masks.
     epsilon: privacy spent so far by this study's training, None without it.
     counts: cases by part. left_out: cases left out, by reason. statistics: plain form of
         `LocalStatistics`, in prepare only. refusal: why the hospital takes no part, "" else.

@@ -543,6 +543,13 @@ def _secure_faults(study: Study) -> list[str]:
             "secure_aggregation: does not go with [site_privacy] yet, whose bound on each update "
             "the coordinator keeps; remove one of the two tables, or use [privacy]"
         )
+    priced = study.privacy is not None and study.privacy.metrics_epsilon is not None
+    if study.federation.best_metric is not None and not priced:
+        faults.append(
+            "federation.best_metric: no hospital tells its own metrics with [secure_aggregation]; "
+            'remove it and write keep = "last" or "average", or state what noised metrics may cost '
+            "as privacy.metrics_epsilon"
+        )
     return faults
 
 

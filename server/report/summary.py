@@ -235,6 +235,13 @@ def limits(run: Run) -> list[str]:
             f"{few} of {_hospitals(len(tests))} tested on fewer than 50 cases; their own figures "
             "are rough, and comparing such hospitals with each other is not sound.",
         )
+    if run.between_hospitals and run.study.secure_aggregation is not None:
+        lines.append(
+            "Updates were summed under masks. So that nothing else gives a hospital away, none "
+            "told a loss or a metric of its own (but with noise, where the study states a price); "
+            "each can evaluate the model on its own cases. Single updates were not seen, and none "
+            "could be left out for its length or direction."
+        )
     if run.study.federation.keep == "best":
         lines.append(
             "The published round was chosen on validation cases; the test cases took no part."

@@ -273,6 +273,13 @@ CONTRADICTIONS: list[tuple[Over, str]] = [
     ),
     (
         {
+            "federation": {"keep": "best", "best_metric": "accuracy", "min_sites": 3},
+            "secure_aggregation": {"range": 1.0},
+        },
+        "federation.best_metric: no hospital tells its own metrics with [secure_aggregation]",
+    ),
+    (
+        {
             "privacy": {"epsilon": 1.0, "delta": 1e-5, "metrics_epsilon": 1.0},
             "task": {"multi_label": True},
         },

@@ -240,6 +240,32 @@ def test_nothing_that_the_coordinator_received_tells_of_one_update(
     assert stats.chisquare(counts).pvalue > 1e-7
 
 
+def test_no_metric_and_no_loss_of_a_hospital_leaves_it_under_masks(
+    table_study, wire, train, tmp_path
+) -> None:
+    """What it says of chosen weights would tell its labels; it evaluates for itself."""
+    said = wire(table_study(SECURE, rounds=2))
+    outcome = train(said)
+    plain = wire(table_study(None, rounds=2))
+    train(plain)
+    about = [json.loads(e.about) for kind, e in said.heard if kind in ("round", "finish")]
+    assert len(about) == 15
+    assert all(a["loss"] is None and not any(a["metrics"].values()) for a in about)
+    assert any(any(json.loads(e.about)["metrics"].values()) for _, e in plain.heard)
+    assert outcome.records[0].loss is None
+    assert (said.hospitals[0].folder / "scores.npz").exists()
+
+
+def test_priced_metrics_leave_with_noise_under_masks_too(table_study, wire, train) -> None:
+    privacy = {"epsilon": 5.0, "delta": 1e-3, "sample_rate": 0.3, "metrics_epsilon": 4.0}
+    said = wire(table_study(SECURE, rounds=1, privacy=privacy))
+    train(said)
+    finished = [
+        json.loads(e.about)["metrics"]["test"] for kind, e in said.heard if kind == "finish"
+    ]
+    assert all(isinstance(m["accuracy"], float) for m in finished)
+
+
 def test_the_coordinator_holds_no_share_that_it_can_read_before_unmasking(
     table_study, wire, train
 ) -> None:

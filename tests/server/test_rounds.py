@@ -186,8 +186,8 @@ def test_the_loss_of_a_round_counts_cases(
 ) -> None:
     study = risk_study(training={"local_steps": 1}, federation={"rounds": 1})
     record = run_study(study, sites(study), seed=1).records[0]
-    # Every probability is 1/2 at zero weights.
-    assert record.loss == pytest.approx(np.log(2))
+    # Every probability is 1/2 at zero weights; four decimals leave a hospital.
+    assert record.loss == pytest.approx(np.log(2), abs=5e-5)
     assert record.bytes_up == 3 * 8
     assert record.bytes_down == 3 * 8
 
