@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from medfl.client import consent, witness
+from medfl.client.book import Book
 from medfl.client.consent import Refusal, allowed
 from medfl.client.data.lineage import Used, lineage_path, record_round
 from medfl.client.hospital import Hospital
@@ -19,7 +20,6 @@ from medfl.common.private_files import (
     private_folder,
     refuse_full,
     refuse_writable,
-    write_private,
 )
 from medfl.common.receipts import Seal, asked_by, attach, content_of, seal
 from medfl.common.signing import public_of
@@ -64,8 +64,22 @@ class Approved:
             self._refuse(digest, hospital.cohort.digest)
             self._last = digest, hospital
         witness.refuse_other_ledger(self.home, hospital.ledger)
-        begin_run(hospital, str(context.run_config.get("run", "")))
         return hospital
+
+    def note_refusal(self, asked: Instruction, why: str) -> None:
+        """Write down what was asked and not answered; `medfl-client status` shows it.
+
+        Raises:
+            StorageError: it could not be written down.
+        """
+        self.home.record(
+            "refused",
+            study=asked.study_digest[:64],
+            run=asked.run[:80],
+            kind=asked.kind,
+            round=asked.round,
+            why=why[:300],
+        )
 
     def seal(self, about: str, asked: Instruction, envelope: Envelope) -> Envelope:
         """The answer with this site's signature. about: JSON part of the instruction as it came.
@@ -90,14 +104,15 @@ class Approved:
             content=content_of(envelope),
         )
         sealed = seal(self.home.signing_key(), bare)
-        self.home.record(
-            "answered",
-            study=asked.study_digest,
-            run=asked.run,
-            kind=asked.kind,
-            round=asked.round,
-            content=sealed.content,
-        )
+        if not json.loads(envelope.about)["refusal"]:  # which `note_refusal` has written down
+            self.home.record(
+                "answered",
+                study=asked.study_digest,
+                run=asked.run,
+                kind=asked.kind,
+                round=asked.round,
+                content=sealed.content,
+            )
         return attach(envelope, sealed)
 
     def _note_lineage(self, asked: Instruction) -> None:
@@ -118,7 +133,6 @@ class Approved:
     def _refuse(self, digest: str, cohort: str | None) -> None:
         answer = allowed(self.home, digest, cohort)
         if isinstance(answer, Refusal):
-            self.home.record("refused", study=digest[:64], why=answer.why)
             raise PolicyRefused(f"Nothing is run for this study: {answer.why}.")
 
     def _hospital(self, site: Site, study: Study) -> Hospital:
@@ -135,6 +149,8 @@ class Approved:
             device=device_of(site, folder),
             ledger_folder=site.ledger,
             identity=self._identity(study.digest),
+            book=Book.at(book_file(self.home, study.digest), study, site.policy.runs_per_approval),
+            approval=lambda: consent.number(self.home, study.digest),
         )
 
     def _identity(self, digest: str) -> Identity:
@@ -158,20 +174,9 @@ def hospitals(argument: str) -> Approved:
     return Approved(home, Path(about["site"]), home.enrolment().site)
 
 
-def begin_run(hospital: Hospital, run: str) -> None:
-    """Where this is another run than the last of the study, drop what that one left.
-
-    Control variates and layers kept at home belong to a run; the privacy that was spent does not:
-    it stands in the hospital's ledger, which counts all runs of a study together.
-    """
-    file, state = hospital.folder / "run", hospital.state
-    last = file.read_text(encoding="utf-8") if file.exists() else ""
-    if run == last:
-        return
-    for left in state.glob("*.safetensors"):
-        left.unlink()
-    private_folder(hospital.folder)
-    write_private(file, run.encode())
+def book_file(home: Home, digest: str) -> Path:
+    """Where the questions of a study are written down."""
+    return home.folder / "work" / digest[:16] / "book.jsonl"
 
 
 def device_of(site: Site, folder: Path) -> str:

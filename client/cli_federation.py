@@ -36,6 +36,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 HOME = Path("~/.medfl")
 SITE = Path("site.toml")
 DAY_S = 86400.0
+# So many refused questions are shown; `medfl-client log` has all.
+_REFUSALS = 5
 
 audit_app = typer.Typer(no_args_is_help=True, help="The log of what this hospital did.")
 
@@ -149,6 +151,8 @@ def approve(
     """
     cli.log_to_stderr(False)
     from medfl.client import consent, words
+    from medfl.client.approved import book_file
+    from medfl.client.book import Book
 
     home, own = _home(state), _site(site)
     published, found = consent.find(home, study)
@@ -161,7 +165,9 @@ def approve(
         typer.echo("", err=as_json)
         question = f"Sign {found.name} for {cases} training cases and {days:g} days?"
         typer.confirm(question, abort=True, err=as_json)
-    decision = consent.approve(home, found, cohort, cases, days, among or ())
+    book = Book.at(book_file(home, found.digest), found, own.policy.runs_per_approval)
+    anew = book.used_up(consent.number(home, found.digest))
+    decision = consent.approve(home, found, cohort, cases, days, among or (), anew)
     told = _send(home, decision)
     plain = {
         "study": found.name,
@@ -241,22 +247,25 @@ def status(state: State = HOME, as_json: AsJson = False) -> None:
     running = _running(home)
     now = said.state if said is not None and running else "not running"
     verdicts = {p.name: consent.verdict(home, p.digest) for p in reversed(home.published())}
+    refused = [e for e in home.audit.lines() if e["what"] == "refused"]
+    key = key_fingerprint(public_of(home.signing_key()))
     plain = {
         "site": enrolment.site,
         "federation": enrolment.federation,
         "address": enrolment.address,
+        "signing_key": key,
         "client": now,
         "certificate_days": days,
         "studies": verdicts,
+        "refused": [{"at": e["at"], **e["about"]} for e in refused[-_REFUSALS:]],
     }
-    key = key_fingerprint(public_of(home.signing_key()))
-    plain["signing_key"] = key
     lines = [
         f"{enrolment.site} in {enrolment.federation} ({enrolment.address}): {now}.",
         f"Fingerprint of this hospital's key, for others who ask by telephone: {key}",
         holds,
         *([] if days is None else ending(home)),
         *(f"{name}: {verdict}" for name, verdict in verdicts.items()),
+        *_told_refusals(refused),
         "Next: medfl-client studies" if running else "Next: medfl-client start",
     ]
     _show(plain, lines, as_json)
@@ -336,6 +345,19 @@ def accept_key(
 
     enrolment.forget_site(_home(state), site)
     typer.echo(f"The next key of {site} will be pinned. Next: medfl-client start")
+
+
+def _told_refusals(refused: list[Any]) -> list[str]:
+    """The last questions that were not answered here, and why."""
+    if not refused:
+        return []
+    last = refused[-_REFUSALS:]
+    lines = [f"{len(refused)} questions were refused, the last of them:"]
+    for entry in last:
+        about = entry["about"]
+        what = f"{about.get('kind', 'asked')} {about.get('round', '')} of {about.get('run', '?')}"
+        lines.append(f"  {entry['at']} {what}: {about.get('why', '')}")
+    return lines
 
 
 def _home(state: Path) -> Home:

@@ -54,6 +54,12 @@ def allowed(
     return Refusal(why or "the study is not approved here") if why or not decision else decision
 
 
+def number(home: Home, study_digest: str) -> str:
+    """Which approval of the study this is: its time; "" where there is none."""
+    decision = home.decision(study_digest)
+    return "" if decision is None else str(decision.at)
+
+
 def fetch(home: Home, line: Line) -> list[Published]:
     """The published studies, each checked against the coordinator's pinned key and kept.
 
@@ -110,10 +116,12 @@ def approve(
     cases: int,
     days: float,
     among: Collection[str] = (),
+    anew: bool = False,
 ) -> Decision:
     """Sign and keep an approval for these cases; `send` tells the coordinator.
 
-    An approval that says the same and lasts as long is kept as it is.
+    An approval that says the same and lasts as long is kept as it is, but `anew`: its runs are used
+    up, and a new one allows as many again.
     among: the hospitals that an update may be summed with under masks; () = all that are known.
 
     Raises:
@@ -127,7 +135,8 @@ def approve(
     known = allowed(home, study.digest, cohort)
     expires = now + int(days * DAY_S)
     sites = summed_with(home, study, among)
-    if isinstance(known, Decision) and (known.cases, known.sites) == (cases, sites):
+    same = isinstance(known, Decision) and (known.cases, known.sites) == (cases, sites)
+    if isinstance(known, Decision) and same and not anew:
         if abs(known.expires - expires) < DAY_S // 2:
             return known
     decision = Decision(

@@ -34,25 +34,31 @@ def client_app(find_hospital: FindHospital) -> ClientApp:
 
     Flower's message types are query.prepare, train.round, evaluate.finish, and query.keys, .shares
     and .unmask of a secure sum; all take the same way, because the instruction itself says what is
-    asked. Where `find_hospital` has a `seal` (`medfl.client.approved`), each answer gets one.
+    asked. Where `find_hospital` has a `seal` (`medfl.client.approved`), each answer gets one, and
+    where it has `note_refusal`, it hears what was refused and why.
     """
     app, read = ClientApp(), _Reader()
     seal = getattr(find_hospital, "seal", None)
+    note = getattr(find_hospital, "note_refusal", None)
 
     def handle(message: Message, context: Context) -> Message:
         site, round_ = str(getattr(find_hospital, "name", "")), 0
         sealed: Callable[[Envelope], Envelope] = _as_it_is
+        noted: Callable[[str], None] = _not_noted
         # Flower sends the text of what escapes from here to the coordinator, so nothing does.
         try:
             received, asked = read(message.content)
             round_ = asked.round
             if seal is not None:
                 sealed = partial(seal, received.about, asked)
+            if note is not None:
+                noted = partial(note, asked)
             hospital = find_hospital(_of_run(context, asked.run))
             site = hospital.name
             content = to_record(sealed(pack(answer(hospital, asked))))
         except Exception as error:  # noqa: BLE001
             log.error("round=%d site=%s refuses: %s", round_, site, _told(error))
+            _note_anyway(noted, _told(error))
             content = to_record(_told_anyway(sealed, pack(refusal(site, error, round_))))
         return Message(content, reply_to=message)
 
@@ -96,6 +102,18 @@ def _told_anyway(sealed: Callable[[Envelope], Envelope], refused: Envelope) -> E
     except MedflError as error:
         log.error("a refusal goes without its seal: %s", _told(error))
         return refused
+
+
+def _note_anyway(noted: Callable[[str], None], why: str) -> None:
+    """The coordinator gets its refusal also where a full disk keeps it from the log."""
+    try:
+        noted(why)
+    except MedflError as error:
+        log.error("a refusal is not in the audit log: %s", _told(error))
+
+
+def _not_noted(why: str) -> None:
+    pass
 
 
 def _as_it_is(envelope: Envelope) -> Envelope:

@@ -12,7 +12,25 @@ import numpy as np
 
 from medfl.client.by_round import ByRound
 from medfl.common.errors import FederationError
+from medfl.common.private_files import private_folder, write_private
 from medfl.common.tensors import Array, Tensors
+
+
+def begin_run(folder: Path, run: str) -> None:
+    """Where this is another run than the last of the study, drop what that one left.
+
+    folder: of the site's work for the study. Control variates and layers kept at home belong to a
+    run; the privacy that was spent does not: it stands in the hospital's ledger, which counts all
+    runs of a study together.
+    """
+    file = folder / "run"
+    last = file.read_text(encoding="utf-8") if file.exists() else ""
+    if run == last:
+        return
+    for left in (folder / "state").glob("*.safetensors"):
+        left.unlink()
+    private_folder(folder)
+    write_private(file, run.encode())
 
 
 def layers(folder: Path) -> ByRound:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medfl.client import budget, home, private_site, secure_site
+from medfl.client.book import Book
 from medfl.client.data.cases import Cohort
 from medfl.client.encoding import case_set, local_statistics
 from medfl.client.evaluate import evaluate, rounded
@@ -57,6 +58,8 @@ class Hospital:
         cases are counted, and the ledger begins with the run. Elsewhere noise has no seed.
     ledger_folder: where a real hospital's ledger lies, the same for all studies.
     identity: signs the keys of secure sums and knows the others'; a simulation makes its own.
+    book, approval: which questions are answered, and what they are asked under; a simulation, whose
+        coordinator is one's own, has no book.
     said: the last answer of a real hospital, by what was asked. masked: the last one to a step of a
         secure sum, by the whole question.
     """
@@ -71,6 +74,8 @@ class Hospital:
     simulated: bool = False
     ledger_folder: Path | None = None
     identity: Identity | None = field(default=None, repr=False)
+    book: Book | None = None
+    approval: Callable[[], str] = field(default=lambda: "", repr=False)
     said: dict[str, Reply] = field(default_factory=dict, repr=False)
     masked: dict[str, Reply] = field(default_factory=dict, repr=False)
 
@@ -119,12 +124,16 @@ def answer(hospital: Hospital, asked: Instruction) -> Reply:
     answer was lost on its way.
 
     Raises:
-        PolicyRefused: another study, or something that the policy or its privacy forbids.
+        PolicyRefused: another study, something that the policy or its privacy forbids, or a
+            question that no run can need (`medfl.client.book`).
         BudgetSpent: the privacy budget does not allow another round.
         MedflError: what else keeps this hospital from answering.
     """
     started = time.monotonic()
     _refuse_forbidden(hospital, asked)
+    if hospital.book is not None:
+        hospital.book.admit(asked, hospital.approval())
+        home.begin_run(hospital.folder, asked.run)
     if hospital.study.secure_aggregation is None or hospital.simulated:
         return _answered(hospital, asked, started)
     whole = pack(asked).about

@@ -29,7 +29,7 @@ def describe(
     return [
         *_who(study, published, enrolment),
         "",
-        *_computed(study),
+        *_computed(study, site),
         "",
         *_leaves(study, site),
         *_summed_with(study, enrolment),
@@ -49,7 +49,7 @@ def _who(study: Study, published: Published, enrolment: Enrolment) -> Iterator[s
     yield f"For what: {purpose}."
 
 
-def _computed(study: Study) -> Iterator[str]:
+def _computed(study: Study, site: Site | None) -> Iterator[str]:
     task, training, federation = study.task, study.training, study.federation
     yield f"What is computed: a model ({study.model.name}) learns {_TASKS[task.kind]}."
     yield f"  Outcomes: {', '.join(task.classes)}."
@@ -68,6 +68,9 @@ def _computed(study: Study) -> Iterator[str]:
         f"({federation.strategy}). At least {federation.min_sites} hospitals must take part."
     )
     yield "  By the installed medfl alone: code that a coordinator sends is never run."
+    if site is not None:
+        runs = site.policy.runs_per_approval
+        yield f"  An approval allows {runs} runs; in each, a question is answered once."
 
 
 def _leaves(study: Study, site: Site | None) -> Iterator[str]:

@@ -22,6 +22,7 @@ class Policy:
     round_metrics_to: decimals of metrics that leave the hospital.
     require_secure_aggregation: train only in studies whose updates are summed under masks.
     min_sum_sites: under masks, the fewest hospitals (this one counted) whose sum may be seen.
+    runs_per_approval: runs of a study that may begin under one approval.
     smallest_count: a number of cases below this does not leave, nor do metrics or sums of so few;
         the counts of the prepare exchange are raised to it. With fewer training cases the site
         takes no part.
@@ -36,6 +37,7 @@ class Policy:
     round_metrics_to: Count = 4
     require_secure_aggregation: bool = False
     min_sum_sites: Annotated[int, Field(ge=2)] = 3
+    runs_per_approval: Count = 10
     smallest_count: Count = 5
 
 

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Context as FlowerContext
+from flwr.app import Message, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.supercore.task_identity import TaskIdentity
+from typer.testing import CliRunner
 
 from medfl.client import approved, consent
 from medfl.client.approved import Approved
+from medfl.client.book import Book
+from medfl.client.cli import app
 from medfl.client.composition import Charge
 from medfl.client.data.lineage import Used, lineage_path, rounds_with
 from medfl.client.data.own import own_cohort
+from medfl.client.flower import client_app
+from medfl.client.hospital import answer
 from medfl.client.premises import Enrolment, Home
-from medfl.common import config, heads, study_text
+from medfl.common import config, heads, study_text, tensors
 from medfl.common.audit import Head
 from medfl.common.errors import PolicyRefused, StorageError
+from medfl.common.flower_records import from_record, to_record
 from medfl.common.kept import save_record
-from medfl.common.messages import Instruction, Reply, pack
+from medfl.common.messages import Instruction, Reply, pack, unpack_reply
 from medfl.common.private_files import private_folder
 from medfl.common.receipts import asked_by, content_of, detach
 from medfl.common.signing import load_key, new_key, public_of
 from medfl.common.site import load_site
+from medfl.common.statistics import Shared, statistics_to_plain
 from medfl.common.study import SecureAggregation, Study
 
 STUDY = {
@@ -123,8 +135,9 @@ def test_nothing_is_even_read_for_a_study_that_is_not_approved(world: World) -> 
     for digest in (world.study.digest, "0" * 64, "../../etc", ""):
         with pytest.raises(PolicyRefused, match="Nothing is run for this study"):
             world.finder(Context({"study": digest}))
-    whats = [line["what"] for line in world.finder.home.audit.lines()]
-    assert whats == ["refused"] * 4
+    assert asked_over_flower(world, prepare(world)).refusal
+    (line,) = [x for x in world.finder.home.audit.lines() if x["what"] == "refused"]
+    assert "not approved" in line["about"]["why"]
 
 
 def test_a_withdrawal_holds_at_the_next_message(world: World) -> None:
@@ -266,11 +279,164 @@ def test_nothing_is_begun_on_a_full_disk(world: World, monkeypatch: pytest.Monke
 
 def test_a_new_run_starts_without_what_the_last_one_left(world: World) -> None:
     world.approve()
-    context = Context({"study": world.study.digest, "run": "first"})
-    state = world.finder(context).state
-    state.mkdir()
-    (state / "control.safetensors").write_bytes(b"x")
-    world.finder(context)
-    assert (state / "control.safetensors").exists()
-    world.finder(Context({"study": world.study.digest, "run": "second"}))
-    assert not (state / "control.safetensors").exists()
+    hospital = world.find()
+    answer(hospital, prepare(world, "first"))
+    hospital.state.mkdir()
+    left = hospital.state / "control.safetensors"
+    left.write_bytes(b"x")
+    answer(world.find(), prepare(world, "first"))
+    assert left.exists()
+    # A run that is not admitted is none, and drops nothing.
+    with pytest.raises(PolicyRefused):
+        answer(world.find(), replace(prepare(world, "second"), kind="round", round=1))
+    assert left.exists()
+    answer(world.find(), prepare(world, "second"))
+    assert not left.exists()
+
+
+# --- the book of questions: what a coordinator may ask -----------------------------------------
+
+
+def prepare(world: World, run: str = "r") -> Instruction:
+    return Instruction(kind="prepare", study_digest=world.study.digest, run=run)
+
+
+def weights(value: float = 0.0) -> dict[str, Any]:
+    return {"1.weight": np.full((1, 1), value, np.float32), "1.bias": np.zeros(1, np.float32)}
+
+
+def with_weights(world: World, kind: Any, value: float = 0.0, **more: Any) -> Instruction:
+    parts = more.pop("parts", ("validation",) if kind == "round" else ("validation", "test"))
+    asked = replace(prepare(world), kind=kind, round=1, parts=parts, weights=weights(value), **more)
+    shared = statistics_to_plain(Shared(means={"a": 0.0}, sds={"a": 1.0}))
+    return replace(asked, shared=shared, model=tensors.digest(asked.weights))
+
+
+def asked_over_flower(world: World, asked: Instruction) -> Reply:
+    """As a message of Flower's, through the app that the training process runs."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 1, 0
+    types = {"prepare": "query.prepare", "round": "train.round", "finish": "evaluate.finish"}
+    message = Message(to_record(pack(asked)), 1, types[asked.kind])
+    proto = message_from_proto(message_to_proto(message))
+    context = FlowerContext(1, 1, {}, RecordDict(), {"study": world.study.digest})
+    answered = client_app(world.finder)(proto, context)
+    return unpack_reply(detach(from_record(answered.content))[0])
+
+
+def restarted(world: World) -> World:
+    """The training process died and another one took its place."""
+    return replace(world, finder=Approved(world.finder.home, world.finder.site_file, "north"))
+
+
+def test_a_hospital_answers_a_whole_run_and_nothing_that_no_run_needs(world: World) -> None:
+    """A hostile coordinator asked for metrics on weights of its choice until it had all labels."""
+    world.approve()
+    for stranger in (with_weights(world, "round"), with_weights(world, "finish", run="x")):
+        assert asked_over_flower(world, stranger).refusal
+    told = [
+        asked_over_flower(world, asked)
+        for asked in (
+            prepare(world),
+            with_weights(world, "round"),
+            with_weights(world, "finish", 1.0, parts=("validation",)),
+            with_weights(world, "finish", 1.0),
+        )
+    ]
+    assert [r.refusal for r in told] == [""] * 4
+    assert told[1].delta
+    assert set(told[3].metrics) == {"validation", "test"}
+    world = restarted(world)
+    refused = {
+        "round 50": replace(with_weights(world, "round"), round=50),
+        "round 0": replace(with_weights(world, "round"), round=0),
+        "another model": with_weights(world, "round", 0.5),
+        "another evaluation": with_weights(world, "finish", 0.5),
+        "the training part": with_weights(world, "finish", 1.0, parts=("train",)),
+        "test alone": with_weights(world, "finish", 1.0, parts=("test",)),
+        "another digest": replace(with_weights(world, "round"), weights=weights(0.25)),
+        "another seed": replace(prepare(world), seed=5),
+        "weights with prepare": replace(prepare(world), weights=weights()),
+        "no name": prepare(world, ""),
+        "a name of three lines": prepare(world, "a\nb\nc"),
+    }
+    found = {what: asked_over_flower(world, asked).refusal for what, asked in refused.items()}
+    assert found == dict.fromkeys(refused, "not allowed by the hospital's policy")
+    lines = [x["about"] for x in world.finder.home.audit.lines() if x["what"] == "refused"]
+    assert len(lines) == 2 + len(refused)
+    assert any("1 rounds, and 50 is not one of them" in x["why"] for x in lines)
+    answered = [x for x in world.finder.home.audit.lines() if x["what"] == "answered"]
+    assert len(answered) == 4
+    # And a person sees it (at a divided hospital, where no certificate lies here).
+    home = world.finder.home
+    save_record(home.enrolment_file, replace(home.enrolment(), address="unix:/nowhere"))
+    said = CliRunner().invoke(app, ["status", "--state", str(home.folder)])
+    assert f"{len(lines)} questions were refused" in said.stdout, said.output
+
+
+def test_the_same_question_gets_the_same_answer_also_from_the_next_process(world: World) -> None:
+    """A coordinator that died asks again under a new attempt."""
+    world.approve()
+    asked_over_flower(world, prepare(world))
+    first = asked_over_flower(world, with_weights(world, "round"))
+    again = asked_over_flower(restarted(world), replace(with_weights(world, "round"), attempt=1))
+    assert first.refusal == again.refusal == ""
+    assert tensors.digest(first.delta) == tensors.digest(again.delta)
+    assert first.metrics == again.metrics
+    book = world.find().book
+    assert book is not None
+    assert len(book.journal.lines()) == 2
+
+
+def test_a_run_that_was_taken_up_from_an_earlier_round_is_asked_otherwise_a_few_times(
+    world: World,
+) -> None:
+    world.approve()
+    asked_over_flower(world, prepare(world))
+    assert not asked_over_flower(world, with_weights(world, "round")).refusal
+    for attempt in (1, 2, 3, 4):
+        asked = with_weights(world, "round", attempt / 10, attempt=attempt)
+        assert bool(asked_over_flower(world, asked).refusal) is (attempt == 4)
+
+
+def test_an_approval_allows_a_stated_number_of_runs_and_a_new_one_as_many(world: World) -> None:
+    file = world.finder.site_file
+    file.write_text(file.read_text() + "[policy]\nruns_per_approval = 2\n")
+    world.approve()
+    refusals = [asked_over_flower(world, prepare(world, run)).refusal for run in "abac"]
+    assert refusals == ["", "", "", "not allowed by the hospital's policy"]
+    assert asked_over_flower(restarted(world), prepare(world, "c")).refusal
+    hospital = world.find()
+    assert hospital.book is not None
+    home = world.finder.home
+    assert hospital.book.used_up(consent.number(home, world.study.digest))
+    before = home.decision(world.study.digest)
+    assert before is not None
+    n = len(hospital.cohort.positions("train"))
+    made = consent.approve(home, world.study, hospital.cohort.digest, n, 30, anew=True)
+    assert made.at > before.at
+    assert not asked_over_flower(world, prepare(world, "c")).refusal
+
+
+def test_a_question_is_on_the_disk_before_it_is_answered(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.approve()
+    hospital = world.find()
+    synced = []
+    true = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(handle), true(handle))[1])
+    answer(hospital, prepare(world))
+    assert synced
+    book = hospital.folder / "book.jsonl"
+    assert book.stat().st_mode & 0o077 == 0
+    # A crash in the middle of a line; the line was never answered.
+    book.write_bytes(book.read_bytes() + b'{"run":"r","appro')
+    assert not asked_over_flower(restarted(world), with_weights(world, "round")).refusal
+    assert [x.slot for x in Book.at(book, world.study, 1).journal.lines()] == [
+        "prepare 0",
+        "round 1",
+    ]
+    book.write_bytes(b"x" + book.read_bytes())
+    assert (
+        asked_over_flower(restarted(world), prepare(world)).refusal == "disk full or damaged file"
+    )
