@@ -53,7 +53,10 @@ def run(
         int | None, typer.Option(min=1, help="Training processes [default: one a core].")
     ] = None,
     compare: Annotated[
-        str, typer.Option(help="Comma-separated: local, pooled, and strategies such as fedprox.")
+        str,
+        typer.Option(
+            help="Comma-separated: local, pooled, no_privacy, and strategies such as fedprox."
+        ),
     ] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     cache: Annotated[

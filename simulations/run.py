@@ -1,6 +1,7 @@
 """One study over many sites on one machine, with its comparisons, all by the deployed code.
 
-study + data -> hospitals -> runs (the study itself; per --compare: local, pooled, a strategy)
+study + data -> hospitals -> runs (the study itself; per --compare: local, pooled, no_privacy,
+                                   a strategy)
 runs -> one pool of forked workers; each run's coordinator is a thread over its own LocalGrid
 outcomes + the sites' score files -> result.json, rounds.jsonl, models, report
 """
@@ -31,6 +32,7 @@ from medfl.simulations.sites import OpenHospitals, SimulatedHospital, SimulatedR
 from medfl.strategies.catalogue import STRATEGIES, strategy_for
 
 MAIN = "main"
+NO_PRIVACY = "no_privacy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,29 +56,36 @@ def plan_runs(
     """The main run and one a comparison.
 
     Raises:
-        ConfigError: a comparison that is no strategy, `local` or `pooled`.
+        ConfigError: a comparison that is no strategy, `local`, `pooled` or `no_privacy`.
     """
     main = SimulatedRun(MAIN, study, tuple(hospitals), out, device)
     strategy_for(study)
     runs = [main]
+    unprotected = tuple(replace(h, privacy=None) for h in hospitals)
     for name in dict.fromkeys(compare):
         folder = out / "baselines" / name
         if name == "pooled":
             pooled = as_pooled(study, len(hospitals))
             runs.append(replace(main, name=name, study=pooled, folder=folder, pooled=True))
+        elif name == NO_PRIVACY:
+            other = replace(study, privacy=None, site_privacy=None)
+            runs.append(replace(main, name=name, study=other, folder=folder, hospitals=unprotected))
         elif name in STRATEGIES:
             other = study.with_strategy(name)
             if name == "local":
-                # Nothing of a hospital leaves it, so that there is no sum to put noise on.
-                other = replace(other, site_privacy=None)
+                # Nothing of a hospital leaves it, so that there is nobody to be protected from:
+                # alone, a hospital would train without noise, and that is what it compares with.
+                other = replace(other, privacy=None, site_privacy=None)
             if study.federation.keep == "average" and STRATEGIES[name]().local.keeps != "nothing":
                 # What stays at a hospital is not averaged.
                 other = replace(other, federation=replace(other.federation, keep="last"))
             strategy_for(other)
-            runs.append(replace(main, name=name, study=other, folder=folder))
+            whose = unprotected if name == "local" else main.hospitals
+            runs.append(replace(main, name=name, study=other, folder=folder, hospitals=whose))
         else:
             raise ConfigError(
-                f"--compare {name}: is not known; use pooled or one of {', '.join(STRATEGIES)}"
+                f"--compare {name}: is not known; use pooled, {NO_PRIVACY} or one of "
+                f"{', '.join(STRATEGIES)}"
             )
     return runs
 

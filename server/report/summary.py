@@ -41,7 +41,7 @@ def summary(run: Run, metric: str | None) -> str:
     if metric is None:
         return "The run reports no metric on test cases, so nothing can be said about the model."
     parts = [_reached(run, metric), _pooled(run, metric), _alone(run, metric)]
-    parts += [_others(run, metric), _privacy(run)]
+    parts += [_others(run, metric), _privacy(run), _cost_of_privacy(run, metric)]
     return " ".join(part for part in parts if part)
 
 
@@ -125,7 +125,7 @@ def _others(run: Run, metric: str) -> str:
     parts = [
         f"{words.way(name)} reached {words.value(metric, outcome.pooled.get(metric))}"
         for name, outcome in run.baselines.items()
-        if name not in ("local", "pooled") and outcome.pooled.get(metric) is not None
+        if name not in ("local", "pooled", "no_privacy") and outcome.pooled.get(metric) is not None
     ]
     return f"For comparison, {', '.join(parts)}." if parts else ""
 
@@ -143,6 +143,19 @@ def _privacy(run: Run) -> str:
     )
     said = f"{who} trained under differential privacy, with ε of at most {largest}."
     return said if whole is None else f"{said} {together}"
+
+
+def _cost_of_privacy(run: Run, metric: str) -> str:
+    """What the same run reached without anybody's privacy, where that was trained as well."""
+    without = run.baselines.get("no_privacy")
+    if without is None or without.pooled.get(metric) is None:
+        return ""
+    cost = words.gained(metric, without.pooled.get(metric), run.federated.pooled.get(metric))
+    said = "that is what privacy cost here" if cost == 1 else "privacy cost nothing here"
+    return (
+        f"The same training without privacy reached {_with_interval(without, metric)}: {said}; "
+        f"{_overlap(run.federated, without, metric)}."
+    )
 
 
 def privacy_words(run: Run) -> list[str]:

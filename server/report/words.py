@@ -146,7 +146,11 @@ def size(n_bytes: float | None) -> str:
 
 def way(name: str) -> str:
     """A baseline's name in a table."""
-    known = {"local": "Each hospital alone", "pooled": "Pooled in one place"}
+    known = {
+        "local": "Each hospital alone",
+        "pooled": "Pooled in one place",
+        "no_privacy": "The same without privacy",
+    }
     return known.get(name, name)
 
 

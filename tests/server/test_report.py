@@ -423,6 +423,24 @@ def test_the_figure_of_few_among_many_hospitals_says_which_they_are(tmp_path: Pa
     assert "ten best" not in page
 
 
+@pytest.mark.parametrize(
+    ("without", "said"),
+    [
+        (0.99, "reached 0.990: that is what privacy cost here"),
+        (0.1, "reached 0.100: privacy cost nothing here"),
+    ],
+)
+def test_what_privacy_cost_is_said_where_the_same_was_trained_without(
+    tmp_path: Path, without: float, said: str
+) -> None:
+    result = make_run(tmp_path, Made(sites=2))
+    other = {**result["baselines"]["fedprox"], "all": {"auroc": without}, "all_intervals": {}}
+    result["baselines"]["no_privacy"] = other
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    write_report(tmp_path)
+    assert f"The same training without privacy {said}" in (tmp_path / "report.html").read_text()
+
+
 def test_hospitals_that_were_absent_are_named_with_the_reason(report: Report) -> None:
     assert "hospital-99 took no part: fewer cases than its policy asks for" in report.page.text
     assert "hospital-01 was left out of 1 round: the update has no finite norm" in report.page.text

@@ -341,6 +341,23 @@ def test_a_mean_is_compared_with_what_has_none(
     assert kept == {"main": "average", "local": "last", "pooled": "average", "fedadam": "average"}
 
 
+def test_alone_and_without_privacy_nobody_trains_under_noise(
+    write_study: Write, write_hospital: Write, tmp_path: Path
+) -> None:
+    privacy = "[privacy]\nepsilon = 3.0\ndelta = 1e-3\n"
+    data, study = write_hospital("a", more=privacy), write_study(scale="range", more=privacy)
+    compare = ["local", "no_privacy"]
+    result, outcomes, _ = ran(load_study(study), data, tmp_path / "out", compare)
+    assert result["sites"][0]["epsilon"] is not None
+    for name in compare:
+        assert result["baselines"][name]["sites"][0]["epsilon"] is None
+    # It is the study in which nobody asks for privacy, to the last bit.
+    site = data / "a" / "site.toml"
+    site.write_text(site.read_text().replace(privacy, ""))
+    plain, _, _ = ran(load_study(write_study(scale="range")), data, tmp_path / "plain")
+    assert plain["digests"]["model"] == tensors.digest(outcomes["no_privacy"].weights)
+
+
 def test_comparisons_are_planned_once_each(write_study: Write, data: Path, tmp_path: Path) -> None:
     study = load_study(write_study())
     sites = find_hospitals(study, data, tmp_path)
