@@ -118,8 +118,10 @@ class Approved:
     def _note_lineage(self, asked: Instruction) -> None:
         if self._last is None:
             raise PolicyRefused("There is an update and no cohort that it could have come from.")
-        cohort = self._last[1].cohort
-        used = Used(asked.study_digest, asked.run, cohort.digest, asked.round, asked.model)
+        cohort, decision = self._last[1].cohort, self.home.decision(asked.study_digest)
+        # As the approval names it: the coordinator's plan goes by that.
+        named = decision.cohort if decision and decision.cohort else cohort.digest
+        used = Used(asked.study_digest, asked.run, named, asked.round, asked.model)
         record_round(lineage_path(load_site(self.site_file)), cohort, used)
 
     def _kept(self, digest: str) -> Hospital | None:

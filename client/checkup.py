@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medfl.client import consent, machine, reach, witness
+from medfl.client.cohort_word import names
 from medfl.client.consent import Refusal
 from medfl.client.coordinator import Line, connected, skew_warning
 from medfl.client.machine import Item, State
@@ -205,7 +206,8 @@ def _fitting(home: Home, topic: str, published: Published, result: CheckResult) 
     known = home.decision(published.digest)
     if not isinstance(decided, Refusal):
         return Item(topic, "green", f"{said}; {verdict}")
-    if known is not None and known.verdict == "approved" and known.cohort != result.digest:
+    others = known is not None and not names(home.signing_key(), known, result.digest)
+    if known is not None and known.verdict == "approved" and others:
         return Item(
             topic,
             "warning",

@@ -158,7 +158,7 @@ def approve(
     published, found = consent.find(home, study)
     if not yes and not sys.stdin.isatty():
         raise ConfigError("There is nobody to ask: read `medfl-client show`, then say --yes")
-    cohort, cases = _checked(own, found)
+    cohort, cases, blind = _checked(own, found)
     consent.summed_with(home, found, among or (), own.policy.min_sum_sites)
     if not yes:
         typer.echo("\n".join(words.describe(found, published, home.enrolment(), own)), err=as_json)
@@ -167,12 +167,12 @@ def approve(
         typer.confirm(question, abort=True, err=as_json)
     book = Book.at(book_file(home, found.digest), found, own.policy.runs_per_approval)
     anew = book.used_up(consent.number(home, found.digest))
-    decision = consent.approve(home, found, cohort, cases, days, among or (), anew)
+    decision = consent.approve(home, found, cohort, cases, days, among or (), anew, blind)
     told = _send(home, decision)
     plain = {
         "study": found.name,
         "digest": found.digest,
-        "cohort": cohort,
+        "cohort": decision.cohort,
         "cases": cases,
         "expires": decision.expires,
         "sent": not told,
@@ -376,8 +376,10 @@ def _site(path: Path) -> Site:
     return load_site(path)
 
 
-def _checked(site: Site, study: Study) -> tuple[str, int]:
-    """Cohort digest, and the training cases that others may learn of: under privacy the declared.
+def _checked(site: Site, study: Study) -> tuple[str, int, bool]:
+    """Cohort digest, the training cases that others may learn of, and whether the site is private.
+
+    Under privacy these are the declared cases, and nobody learns the digest.
 
     Raises:
         DataError: the data cannot serve the study. PolicyRefused: site.toml forbids it.
@@ -393,9 +395,9 @@ def _checked(site: Site, study: Study) -> tuple[str, int]:
         raise PolicyRefused("site.toml forbids what the study asks; nothing was signed.")
     terms = budget.terms_of(study, site.privacy)
     if terms is None:
-        return result.digest, result.cases["train"]
+        return result.digest, result.cases["train"], False
     budget.refuse_undeclared(terms)
-    return result.digest, terms.n_cases or 1
+    return result.digest, terms.n_cases or 1, True
 
 
 def _send(home: Home, decision: Any) -> list[str]:

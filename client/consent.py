@@ -10,6 +10,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from medfl.client.cohort_word import cohort_word, names
 from medfl.client.coordinator import Line
 from medfl.client.enrolment import pin_sites
 from medfl.client.premises import Home
@@ -41,11 +42,14 @@ def allowed(
     """
     try:
         decision = home.decision(study_digest)
+        key = home.signing_key()
     except ConfigError as error:
         return Refusal(str(error))
+    if decision is not None and cohort_digest is not None and names(key, decision, cohort_digest):
+        cohort_digest = decision.cohort
     why = why_not(
         decision,
-        public_of(home.signing_key()),
+        public_of(key),
         home.enrolment().site,
         study_digest,
         cohort_digest,
@@ -117,12 +121,14 @@ def approve(
     days: float,
     among: Collection[str] = (),
     anew: bool = False,
+    blind: bool = False,
 ) -> Decision:
     """Sign and keep an approval for these cases; `send` tells the coordinator.
 
     An approval that says the same and lasts as long is kept as it is, but `anew`: its runs are used
     up, and a new one allows as many again.
     among: the hospitals that an update may be summed with under masks; () = all that are known.
+    blind: the hospital is private, and the cases leave as a word that tells nothing of them.
 
     Raises:
         ConfigError: no cases, a time that is none, or too few hospitals for a secure sum.
@@ -136,16 +142,19 @@ def approve(
     expires = now + int(days * DAY_S)
     sites = summed_with(home, study, among)
     same = isinstance(known, Decision) and (known.cases, known.sites) == (cases, sites)
+    same = same and not (blind and isinstance(known, Decision) and known.cohort == cohort)
     if isinstance(known, Decision) and same and not anew:
         if abs(known.expires - expires) < DAY_S // 2:
             return known
+    at = _after_the_last(home, study.digest, now)
+    named = cohort_word(home.signing_key(), study.digest, at, cohort) if blind else cohort
     decision = Decision(
         verdict="approved",
         site=home.enrolment().site,
         study=study.digest,
-        cohort=cohort,
+        cohort=named,
         cases=cases,
-        at=_after_the_last(home, study.digest, now),
+        at=at,
         expires=expires,
         sites=sites,
     )

@@ -19,8 +19,9 @@ _PURPOSE = "decision on a study"
 class Decision:
     """verdict: approved, or withdrawn (then cohort, cases and expiry say nothing).
 
-    study, cohort: digests. cases: training cases of the cohort (under privacy the declared number),
-    the most that the site may claim as its weight. at, expires: seconds since 1970. sites: under
+    study, cohort: digests; of a private hospital's cohort a word that only the hospital can make
+    (`medfl.client.cohort_word`). cases: training cases of the cohort (under privacy the declared
+    number), the most that the site may claim as its weight. at, expires: seconds since 1970. sites: under
     secure aggregation the signing keys (hex) of the others that it may be summed with. signature:
     by the site's pinned key.
     """

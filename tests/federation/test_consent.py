@@ -219,6 +219,30 @@ def test_approving_again_changes_nothing_unless_the_cases_did(world: World, know
     assert consent.withdraw(world.home, known.digest) == consent.withdraw(world.home, known.digest)
 
 
+def test_a_private_hospitals_approval_names_its_cases_by_a_word_that_tells_nothing(
+    world: World, known: Study
+) -> None:
+    def signed_for(cohort: str) -> Decision:
+        world.clock.now += DAY
+        return consent.approve(world.home, known, cohort, 12, 30, blind=True)
+
+    plain = consent.approve(world.home, known, COHORT, 12, 30)
+    assert plain.cohort == COHORT
+    first, other, first_again = signed_for(COHORT), signed_for(OTHER), signed_for(COHORT)
+    words = {d.cohort for d in (first, other, first_again)}
+    # The same cases under another word: whether anybody came or went cannot be read from two.
+    assert len(words) == 3
+    assert not words & {COHORT, OTHER}
+    assert isinstance(allowed(world.home, known.digest, COHORT), Decision)
+    assert why(world, known.digest, OTHER) == "the data have changed since the approval"
+    world.clock.now += 60
+    assert consent.approve(world.home, known, COHORT, 12, 30, blind=True) == first_again
+    # Neither the audit log, whose head the coordinator signs, nor the coordinator has the digest.
+    private = [line for line in world.home.audit.lines() if line["what"] == "approved"][1:]
+    assert not {COHORT, OTHER} & {line["about"]["cohort"] for line in private}
+    consent.send(world.home, world, first_again)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "change",
     [
