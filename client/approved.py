@@ -150,6 +150,7 @@ class Approved:
             privacy=site.privacy,
             device=device_of(site, folder),
             ledger_folder=site.ledger,
+            sums_file=self.home.folder / "sums-told.jsonl",
             identity=self._identity(study.digest),
             book=Book.at(book_file(self.home, study.digest), study, site.policy.runs_per_approval),
             approval=lambda: consent.number(self.home, study.digest),

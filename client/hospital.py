@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medfl.client import budget, home, private_site, secure_site
+from medfl.client import budget, home, private_site, secure_site, told_sums
 from medfl.client.book import Book
 from medfl.client.data.cases import Cohort
 from medfl.client.encoding import case_set, local_statistics
@@ -25,7 +25,7 @@ from medfl.client.ledger import Entry, Ledger
 from medfl.client.outgoing import outgoing
 from medfl.client.released import withheld
 from medfl.client.secure_site import Identity
-from medfl.client.small_counts import without_small
+from medfl.client.small_counts import holders, without_small
 from medfl.client.training.plan import TrainPlan
 from medfl.common import tensors
 from medfl.common.errors import PolicyRefused
@@ -56,7 +56,8 @@ class Hospital:
     folder: where this site keeps its own state and results of one run; never sent anywhere.
     simulated: of public or made-up data, and to be repeated: noise comes from the run's seed,
         cases are counted, and the ledger begins with the run. Elsewhere noise has no seed.
-    ledger_folder: where a real hospital's ledger lies, the same for all studies.
+    ledger_folder: where a real hospital's ledger lies, the same for all studies; sums_file: what
+        sums it has told of whom, likewise.
     identity: signs the keys of secure sums and knows the others'; a simulation makes its own.
     book, approval: which questions are answered, and what they are asked under; a simulation, whose
         coordinator is one's own, has no book.
@@ -73,6 +74,7 @@ class Hospital:
     device: str = "cpu"
     simulated: bool = False
     ledger_folder: Path | None = None
+    sums_file: Path | None = None
     identity: Identity | None = field(default=None, repr=False)
     book: Book | None = None
     approval: Callable[[], str] = field(default=lambda: "", repr=False)
@@ -96,7 +98,7 @@ class Hospital:
 
     @property
     def smallest_count(self) -> int:
-        """Fewer cases than this are not spoken of; public data have no such limit."""
+        """Fewer patients than this are not spoken of; public data have no such limit."""
         return 0 if self.simulated else self.policy.smallest_count
 
     @cached_property
@@ -197,12 +199,16 @@ def _refuse_forbidden(hospital: Hospital, asked: Instruction) -> None:
             raise PolicyRefused(
                 "The coordinator asks for metrics of the training cases, which no noise protects."
             )
-    n_cases = len(hospital.cohort.positions("train"))
-    fewest = max(policy.min_cases, hospital.smallest_count)
-    if n_cases < fewest:
+    patients = hospital.patients("train")
+    if len(patients) < policy.min_cases:
         raise PolicyRefused(
-            f"{n_cases} training cases, and this site's policy asks for at least "
-            f"{fewest}. Nothing was sent."
+            f"{len(patients)} training cases, and this site's policy asks for at least "
+            f"{policy.min_cases}. Nothing was sent."
+        )
+    if len(set(patients)) < hospital.smallest_count:
+        raise PolicyRefused(
+            f"{len(set(patients))} training patients, and this site's policy speaks of no fewer "
+            f"than {hospital.smallest_count}. Nothing was sent."
         )
 
 
@@ -210,7 +216,13 @@ def _prepare(hospital: Hospital, asked: Instruction) -> Reply:
     study, cohort, terms = hospital.study, hospital.cohort, hospital.terms
     statistics = local_statistics(study, cohort, private=terms is not None)
     if terms is None:
-        statistics = without_small(statistics, study, hospital.smallest_count)
+        patients = hospital.patients("train")
+        statistics = without_small(
+            statistics, study, hospital.smallest_count, holders(study, cohort, patients)
+        )
+        if not hospital.simulated:
+            file = hospital.sums_file or hospital.folder / "sums-told.jsonl"
+            told_sums.tell(file, study, cohort, statistics, hospital.smallest_count)
     else:
         uses = budget.whole_study(study, terms, asked.run, hospital.patients)
         budget.refuse_too_much(hospital.ledger, terms, uses)
@@ -380,7 +392,7 @@ def _evaluated_part(
     )
     if entry is not None:
         hospital.ledger.settle(entry)
-    few = len(hospital.cohort.positions(part)) < hospital.smallest_count
+    few = len(set(hospital.patients(part))) < hospital.smallest_count
     return {} if summary is withheld or few else metrics
 
 

@@ -1,42 +1,92 @@
 """Small numbers of patients in the prepare exchange do not leave a hospital as they are.
 
 The coordinator sees each hospital's sums. "Two of our patients have the rare class" tells more of
-those two than a study needs to know, and so does a sum over three values. With differential privacy
-noise covers this, and nothing here is used.
+those two than a study needs to know, and so does a sum over three values. A word that stands in one
+patient's record may be a name: the levels of a category leave where enough patients have them. With
+differential privacy noise covers this, and nothing here is used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from medfl.client.data.cases import Cohort
+from medfl.common.records import level
 from medfl.common.statistics import LocalStatistics, Moments
 from medfl.common.study import Study
 
 K = TypeVar("K")
 
 
-def without_small(statistics: LocalStatistics, study: Study, smallest: int) -> LocalStatistics:
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """Training patients who have a value: of each number, and of each level of each category."""
+
+    features: Mapping[str, int]
+    levels: Mapping[str, Mapping[str, int]]
+
+
+def holders(study: Study, cohort: Cohort, patients: Sequence[str]) -> Holders:
+    """Counted over the training cases. patients: of each of them."""
+    features: dict[str, int] = {}
+    levels: dict[str, dict[str, int]] = {}
+    rows = [cohort.records[i] for i in cohort.positions("train")] if cohort.records else []
+    for feature in study.record.features if study.record is not None else ():
+        found = [(t, p) for row, p in zip(rows, patients, strict=True)
+                 if (t := row[feature.name]) is not None]  # fmt: skip
+        if feature.kind == "number":
+            features[feature.name] = len({p for _, p in found})
+        else:
+            pairs = {(level(t), p) for t, p in found}
+            levels[feature.name] = dict(Counter(value for value, _ in pairs))
+    return Holders(features, levels)
+
+
+def without_small(
+    statistics: LocalStatistics, study: Study, smallest: int, of: Holders
+) -> LocalStatistics:
     """The same, with no number from 1 to `smallest` - 1 that counts patients.
 
-    Voxels of a class are not patients and stay. A number that few patients have is not summed.
+    Voxels of a class are not patients and stay. A number that few patients have is not summed, and
+    a word that few have is not named.
     """
     counts = dict(enumerate(statistics.class_counts))
     if study.task.kind != "segmentation":
         counts = lifted(counts, smallest, parts=not study.task.multi_label)
+    stated = {f.name: f.levels for f in study.record.features} if study.record is not None else {}
     return replace(
         statistics,
         class_counts=tuple(counts.values()),
         features={
-            name: moments if moments.n >= smallest else Moments()
+            name: moments if of.features.get(name, 0) >= smallest else Moments()
             for name, moments in statistics.features.items()
         },
         levels={
-            name: {level: int(n) for level, n in lifted(found, smallest, parts=True).items()}
+            name: _levels(found, of.levels.get(name, {}), stated.get(name), smallest)
             for name, found in statistics.levels.items()
         },
     )
+
+
+def _levels(
+    counts: Mapping[str, int], of: Mapping[str, int], stated: Sequence[str] | None, smallest: int
+) -> dict[str, int]:
+    """Counts of the levels that may be named: those of the study's list, or that enough patients
+    have. The most frequent one counts the others of an open list, so that no difference tells how
+    many these are."""
+    if stated is not None:
+        names = {level(v) for v in stated}
+        known = {value: n for value, n in counts.items() if value in names}
+        return {value: int(n) for value, n in lifted(known, smallest, parts=True).items()}
+    named = {value: n for value, n in counts.items() if of.get(value, 0) >= smallest}
+    if named:
+        named[max(named, key=lambda value: named[value])] += sum(counts.values()) - sum(
+            named.values()
+        )
+    return named
 
 
 def lifted(counts: Mapping[K, float], smallest: int, *, parts: bool) -> dict[K, float]:

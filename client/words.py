@@ -9,7 +9,7 @@ from medfl.client.budget import terms_of
 from medfl.client.premises import Enrolment
 from medfl.common.coordination import Published
 from medfl.common.signing import key_fingerprint
-from medfl.common.site import Site
+from medfl.common.site import Policy, Site
 from medfl.common.study import Study
 
 _TASKS = {
@@ -114,6 +114,17 @@ def _leaves_plain(study: Study, site: Site | None) -> Iterator[str]:
         yield "  sums over the training cases that the hospitals share for one normalisation."
     else:
         yield "  class counts; no sums over images or record fields."
+    if columns := _open_columns(study):
+        least = (Policy() if site is None else site.policy).smallest_count
+        yield f"  the words or codes in {', '.join(columns)}, as they are written, each that at"
+        yield f"  least {least} patients have. Free text does not belong in these columns; a study"
+        yield "  that states their levels needs none of them."
+
+
+def _open_columns(study: Study) -> list[str]:
+    """Categories whose levels come from the hospitals."""
+    features = study.record.features if study.record is not None else []
+    return [f.name for f in features if f.kind == "category" and f.levels is None]
 
 
 def _asks_statistics(study: Study) -> bool:

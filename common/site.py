@@ -23,9 +23,10 @@ class Policy:
     require_secure_aggregation: train only in studies whose updates are summed under masks.
     min_sum_sites: under masks, the fewest hospitals (this one counted) whose sum may be seen.
     runs_per_approval: runs of a study that may begin under one approval.
-    smallest_count: a number of cases below this does not leave, nor do metrics or sums of so few;
-        the counts of the prepare exchange are raised to it. With fewer training cases the site
-        takes no part.
+    smallest_count: a number of cases below this does not leave, nor do metrics or sums of so few
+        patients, or words that so few have; the counts of the prepare exchange are raised to it.
+        Sums are told again only when so many patients have changed. With fewer training patients
+        the site takes no part.
     """
 
     min_cases: Count = 1

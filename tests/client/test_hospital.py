@@ -142,7 +142,7 @@ def test_numbers_of_a_few_cases_do_not_leave_a_real_hospital(
     assert reply.metrics["validation"] == {}
     assert reply.metrics["test"]
     few = risk_hospital(study, tmp_path, xs[:4], ys[:4], simulated=False, name="b")
-    with pytest.raises(PolicyRefused, match=r"4 training cases, and .* at least 5"):
+    with pytest.raises(PolicyRefused, match=r"4 training patients, and .* no fewer than 5"):
         answer(few, asked(study))
 
 
