@@ -8,13 +8,15 @@ RUN_READY := $(VENV)/.ready
 DEV_READY := $(VENV)/.ready-dev
 LINT_READY := $(VENV)/.ready-lint
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+# The lock files name every package and the hashes of its files; pip takes nothing else.
+LOCKED := --require-hashes --no-deps
 
 # pytest: one process a core pays only where a core has about 2 GB of memory.
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-federation test fast faults soak lint lint-deploy format types check bench lock clean
+.PHONY: help setup demo demo-federation test fast faults soak lint lint-deploy format types check bench lock lock-hashes advisories clean
 
 help: ## this list
 	@echo 'medfl: federated learning that hospitals run'
@@ -73,6 +75,12 @@ lock: ## choose the newest versions that pyproject.toml allows and write the loc
 	$(VENV)-lock/bin/python deploy/lock.py
 	rm -rf $(VENV)-lock build
 
+lock-hashes: $(RUN_READY) ## after a pin was added by hand: its hashes, and the list of parts (SBOM)
+	$(BIN)/python deploy/lock.py --keep
+
+advisories: $(RUN_READY) ## pins against a folder of OSV advisories: make advisories MEDFL_OSV=FOLDER
+	@MEDFL_OSV=$(MEDFL_OSV) $(BIN)/python deploy/advisories.py
+
 clean: ## remove the environment and everything that was made, except runs/
 	rm -rf $(VENV) $(VENV)-lock build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -86,19 +94,19 @@ $(BIN)/pip:
 	    exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(RUN_READY): requirements.lock pyproject.toml deploy/install-torch.sh | $(BIN)/pip
+$(RUN_READY): requirements.lock requirements-torch.lock pyproject.toml deploy/install-torch.sh | $(BIN)/pip
 	@deploy/install-torch.sh $(BIN)/python
 	@echo 'installing the packages of requirements.lock (about a minute)'
-	@$(PIP) -r requirements.lock
-	@$(PIP) --no-deps --editable .
+	@$(PIP) $(LOCKED) -r requirements.lock
+	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(DEV_READY): requirements-dev.lock $(RUN_READY)
 	@echo 'installing the packages of requirements-dev.lock'
-	@$(PIP) -r requirements-dev.lock
+	@$(PIP) $(LOCKED) -r requirements-dev.lock
 	@touch $@
 
 $(LINT_READY): deploy/requirements-lint.lock $(DEV_READY)
 	@echo 'installing the packages of deploy/requirements-lint.lock'
-	@$(PIP) -r deploy/requirements-lint.lock
+	@$(PIP) $(LOCKED) -r deploy/requirements-lint.lock
 	@touch $@

@@ -12,7 +12,7 @@
 set -eu
 
 python=$1
-version=$(sed -n 's/^torch==//p' "$(dirname "$0")/../requirements.lock")
+version=$(sed -n 's/^torch==//p' "$(dirname "$0")/../requirements-torch.lock")
 cpu_index=https://download.pytorch.org/whl/cpu
 
 say() { printf 'torch: %s\n' "$*"; }
