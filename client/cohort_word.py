@@ -1,9 +1,9 @@
 """By which word a private hospital names its cohort to others: one that tells nothing of it.
 
-A cohort's digest is the same as long as nobody comes or goes, and another one afterwards: who holds
-two of them knows whether a patient was added, corrected or has withdrawn. The word is an HMAC of the
-digest under a secret of the hospital, with the approval's own time in it, so that each approval of
-one cohort has another word and none can be told from chance.
+A cohort's digest is the same as long as nobody comes or goes, and another one afterwards: who
+holds two of them knows whether a patient was added, corrected or has withdrawn. The word is an HMAC
+of the digest under a secret of the hospital, with the approval's own time in it, so that each
+approval of one cohort has another word and none can be told from chance.
 """
 
 from __future__ import annotations
@@ -21,6 +21,6 @@ def cohort_word(key: SigningKey, study: str, at: int, digest: str) -> str:
 
 
 def names(key: SigningKey, decision: Decision, digest: str) -> bool:
-    """Whether a decision is about the cohort of this digest, by the digest itself or by its word."""
+    """Whether a decision is about the cohort of this digest, by the digest or by its word."""
     word = cohort_word(key, decision.study, decision.at, digest)
     return decision.cohort == digest or hmac.compare_digest(decision.cohort, word)
