@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import medfl  # noqa: F401  before anybody imports grpc, which reads the environment then
 
@@ -22,6 +23,10 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("NO_COLOR", "1")
+
+# How long an example takes is the machine's business, which others use as well.
+settings.register_profile("medfl", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("medfl")
 
 
 @pytest.fixture(scope="session")
