@@ -41,11 +41,14 @@ class Picture:
         2-D, (X, Y, Z) voxel axes of `affine` in 3-D.
     affine: (4, 4) voxel index -> RAS+ millimetres (nibabel's convention); None where the format
         has none (PNG). spacing_mm: along each spatial axis; None where unknown.
+    outside: (*spatial), true where the file says that there is no image (padding); those
+        pixels hold a dark value and count in no mean, percentile or range. None where nowhere.
     """
 
     array: NDArray[np.generic]
     affine: NDArray[np.float64] | None = None
     spacing_mm: tuple[float, ...] | None = None
+    outside: NDArray[np.bool_] | None = None
 
 
 class Arrays(Protocol):

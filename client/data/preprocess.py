@@ -60,8 +60,11 @@ def prepare(image: Picture, mask: Picture | None, study: Study) -> Prepared:
         raise CaseError("no_image")
     _check_dimensions(image, rule)
     pixels = _as_floats(image.array)
+    _check_contrast(_inside(pixels, image))
     facts = _facts(image, pixels)
     image = replace(image, array=_with_channels(pixels, rule.channels))
+    image = _turned_without_padding(image, rule)
+    inside = None if image.outside is None else _inside(image.array, image)
     if mask is not None:
         mask = replace(mask, array=class_mask(mask.array, study.task))
     if rule.dimensions == 3:
@@ -70,7 +73,7 @@ def prepare(image: Picture, mask: Picture | None, study: Study) -> Prepared:
     if mask is not None:
         _check_grid(image, mask)
     values, classes = _resampled(image, mask, rule)
-    values = _scaled(values, rule)
+    values = _scaled(values, values if inside is None else inside, rule)
     return Prepared(*_fitted(values, classes, rule), facts)
 
 
@@ -87,14 +90,34 @@ def _as_floats(array: NDArray[np.generic]) -> Floats:
         pixels = np.ascontiguousarray(array, dtype=np.float32)
     if not np.isfinite(pixels).all():
         raise CaseError("nan_values")
-    if pixels.min() == pixels.max():
-        raise CaseError("empty_image")
     return pixels
+
+
+def _turned_without_padding(image: Picture, rule: ImageInput) -> Picture:
+    """A bright background turned over here already, where padding must not become bright by it."""
+    if image.outside is None or not rule.dark_background:
+        return image
+    inside = _inside(image.array, image)
+    low, high = inside.min(), inside.max()
+    if np.median(inside) <= (low + high) / 2:
+        return image
+    return replace(image, array=np.where(image.outside, low, low + high - image.array))
+
+
+def _inside(pixels: NDArray[Any], image: Picture) -> NDArray[Any]:
+    """The same without padding, as (C, n) where there is any."""
+    return pixels if image.outside is None else pixels[:, ~image.outside]
+
+
+def _check_contrast(inside: Floats) -> None:
+    if not inside.size or inside.min() == inside.max():
+        raise CaseError("empty_image")
 
 
 def _facts(image: Picture, pixels: Floats) -> Facts:
     # Every k-th value is enough for a summary; percentiles of a whole CT would cost a second.
-    sample = pixels.ravel()[:: max(1, pixels.size // 100_000)]
+    sample = _inside(pixels, image).ravel()
+    sample = sample[:: max(1, sample.size // 100_000)]
     # As np.percentile does, in a fifth of its time, which is most of a small picture's.
     places = np.array((0.005, 0.5, 0.995)) * (sample.size - 1)
     low, median, high = np.interp(places, np.arange(sample.size), np.sort(sample)).tolist()
@@ -167,21 +190,24 @@ def _resampled(
     )
 
 
-def _scaled(values: Floats, rule: ImageInput) -> Floats:
-    """Intensities by the study's rule, from the whole image, before any border is added."""
-    low, high = values.min(), values.max()
-    if rule.dark_background and np.median(values) > (low + high) / 2:
-        values = (low + high) - values
+def _scaled(values: Floats, inside: Floats, rule: ImageInput) -> Floats:
+    """Intensities by the study's rule, from the whole image, before any border is added.
+
+    inside: (C, ...) the values that count: all of them, but for padding.
+    """
+    low, high = inside.min(), inside.max()
+    if rule.dark_background and np.median(inside) > (low + high) / 2:
+        values, inside = (low + high) - values, (low + high) - inside
     if rule.intensity == "zscore":
         # Channel by channel; float64 sums, or a large volume's mean would drift.
-        axes = tuple(range(1, values.ndim))
-        mean = values.mean(axis=axes, keepdims=True, dtype=np.float64)
-        sd = values.std(axis=axes, keepdims=True, dtype=np.float64)
+        axes, shape = tuple(range(1, inside.ndim)), (-1,) + (1,) * (values.ndim - 1)
+        mean = inside.mean(axis=axes, dtype=np.float64).reshape(shape)
+        sd = inside.std(axis=axes, dtype=np.float64).reshape(shape)
         return np.asarray((values - mean) / np.maximum(sd, 1e-6), dtype=np.float32)
     if rule.intensity == "range" and rule.window is not None:
         return _to_unit(values, *rule.window)
     if rule.intensity == "percentiles":
-        bottom, top = (float(v) for v in np.percentile(values, (0.5, 99.5)))
+        bottom, top = (float(v) for v in np.percentile(inside, (0.5, 99.5)))
         return _to_unit(values, bottom, top) if top > bottom else _to_unit(values, low, high)
     return values
 

@@ -68,6 +68,9 @@ REASONS: dict[str, str] = {
     "the archive.",
     "dicom_pixels": "The pixel data do not fit what the header declares. Export the image again "
     "from the archive.",
+    "dicom_rescale": "The header's rescale slope or lookup table cannot be used (a slope of zero, "
+    "text instead of a number, a table shorter than it says). Export the image again from the "
+    "archive.",
     "dicom_deflated": "The compressed file expands to far more than its size allows. Export it "
     "uncompressed.",
     "dicom_nesting": "The header nests deeper than any scanner writes. Export it again.",

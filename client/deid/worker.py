@@ -12,7 +12,7 @@ from pydicom import dcmread
 from medfl.client.deid.burned_in import text_in_picture
 from medfl.client.deid.instance import as_file, deidentified
 from medfl.client.deid.keys import Pseudonyms, withdrawn_hash
-from medfl.client.readers import dicom_pixels
+from medfl.client.readers import dicom_values
 from medfl.common.errors import CaseError
 from medfl.common.site import Deid
 
@@ -40,7 +40,7 @@ def deidentify_file(
 def _looked(path: Path) -> bool | None:
     """None where the picture cannot be decoded: nobody has seen it."""
     try:
-        values = dicom_pixels.frames(dcmread(path))
+        values, _ = dicom_values.filled(dicom_values.frames(dcmread(path)), None)
     except (CaseError, *_UNDECODABLE):
         return None
     return text_in_picture(values)

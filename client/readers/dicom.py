@@ -22,6 +22,7 @@ from medfl.client.data.cases import CaseRef, Found, Picture, Quarantined
 from medfl.client.readers import image as images
 from medfl.client.readers import nifti, sandbox
 from medfl.client.readers.dicom_geometry import Place, along_normal
+from medfl.client.readers.dicom_values import filled
 from medfl.client.readers.rows import confined, read_rows
 from medfl.common.errors import CaseError
 from medfl.common.source import DataSource
@@ -304,8 +305,10 @@ def _picture(answer: sandbox.Answer) -> Picture:
     if answer.array is None:
         raise CaseError("unreadable", "the file holds no pixels")
     affine, spacing = answer.plain["affine"], answer.plain["spacing_mm"]
+    array, outside = filled(answer.array, answer.plain.get("background"))
     return Picture(
-        answer.array,
+        array,
         None if affine is None else np.array(affine),
         None if spacing is None else tuple(spacing),
+        None if outside is None else np.asarray(outside.any(axis=0)),
     )

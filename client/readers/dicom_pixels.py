@@ -13,13 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfl.client.readers.dicom_geometry import Place, on_grid, plane_affine, stack
+from medfl.client.readers.dicom_values import background, frames, functional
 from medfl.common.errors import CaseError
 
 Array = NDArray[np.generic]
 Answer = tuple[dict[str, Any], Any]
 
-# Their values are physical (Hounsfield units, activity), so that turning them over would be wrong.
-_MEASURED = ("CT", "PT", "NM", "RTDOSE")
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 
 
@@ -64,20 +63,6 @@ def segmentation_header(dataset: Any) -> dict[str, Any]:
     }
 
 
-def _macro(dataset: Any, frame: int, sequence: str, keyword: str) -> Any:
-    """A frame's attribute: per frame, else shared, else the file's own; None where absent."""
-    groups = []
-    if "PerFrameFunctionalGroupsSequence" in dataset:
-        groups.append(dataset.PerFrameFunctionalGroupsSequence[frame])
-    if "SharedFunctionalGroupsSequence" in dataset:
-        groups.append(dataset.SharedFunctionalGroupsSequence[0])
-    for group in groups:
-        items = group.get(sequence)
-        if items and keyword in items[0]:
-            return items[0][keyword].value
-    return dataset.get(keyword)
-
-
 def frame_places(dataset: Any) -> list[Place]:
     """The place of every frame; empty tuples where the file does not say."""
     enhanced = "PerFrameFunctionalGroupsSequence" in dataset
@@ -87,7 +72,7 @@ def frame_places(dataset: Any) -> list[Place]:
 
 def _place(dataset: Any, frame: int) -> Place:
     def numbers(sequence: str, keyword: str) -> tuple[float, ...]:
-        return tuple(float(v) for v in _macro(dataset, frame, sequence, keyword) or ())
+        return tuple(float(v) for v in functional(dataset, frame, sequence, keyword) or ())
 
     spacing = numbers("PixelMeasuresSequence", "PixelSpacing")
     return Place(
@@ -97,37 +82,6 @@ def _place(dataset: Any, frame: int) -> Place:
     )
 
 
-def frames(dataset: Any) -> NDArray[np.float32]:
-    """Every frame's values as the scanner means them: (n, rows, columns) or (n, rows, columns, 3).
-
-    Rescale slope and intercept or the modality LUT are applied (PS3.3 C.11.1), palettes looked
-    up, and MONOCHROME1 turned over so that bright means dense as in MONOCHROME2.
-    """
-    from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
-
-    values = dataset.pixel_array
-    samples = int(dataset.get("SamplesPerPixel") or 1)
-    if values.ndim == (2 if samples == 1 else 3):
-        values = values[np.newaxis]
-    interpretation = str(dataset.PhotometricInterpretation)
-    if interpretation == "PALETTE COLOR":
-        return np.stack([apply_color_lut(v, dataset) for v in values]).astype(np.float32)
-    if interpretation == "MONOCHROME1" and dataset.get("Modality") not in _MEASURED:
-        signed = int(dataset.get("PixelRepresentation") or 0)
-        top = -1 if signed else (1 << int(dataset.BitsStored)) - 1
-        values = top - values.astype(np.int64)
-    if "PerFrameFunctionalGroupsSequence" not in dataset:
-        return np.asarray(apply_modality_lut(values, dataset), dtype=np.float32)
-    sequence = "PixelValueTransformationSequence"
-    slopes = [_macro(dataset, i, sequence, "RescaleSlope") for i in range(len(values))]
-    offsets = [_macro(dataset, i, sequence, "RescaleIntercept") for i in range(len(values))]
-    scaled = [
-        v * float(1 if slope is None else slope) + float(offset or 0)
-        for v, slope, offset in zip(values, slopes, offsets, strict=True)
-    ]
-    return np.stack(scaled).astype(np.float32)
-
-
 def _check_alike(datasets: Sequence[Any]) -> None:
     keys = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation")
     if len({tuple(str(d.get(k)) for k in keys) for d in datasets}) > 1:
@@ -135,7 +89,10 @@ def _check_alike(datasets: Sequence[Any]) -> None:
 
 
 def volume(datasets: Sequence[Any]) -> Answer:
-    """A series or one multi-frame file as (C, X, Y, Z): columns, rows, slices. Raises CaseError."""
+    """A series or one multi-frame file as (C, X, Y, Z): columns, rows, slices; padding is NaN.
+
+    Raises CaseError.
+    """
     _check_alike(datasets)
     places = [place for dataset in datasets for place in frame_places(dataset)]
     count = sum(int(d.get("NumberOfFrames") or 1) for d in datasets)
@@ -145,19 +102,26 @@ def volume(datasets: Sequence[Any]) -> Answer:
     values = np.concatenate([frames(d) for d in datasets])[list(grid.order)]
     colours = values[..., np.newaxis] if values.ndim == 3 else values
     array = np.ascontiguousarray(colours.transpose(3, 2, 1, 0))
-    return {"affine": grid.affine.tolist(), "spacing_mm": grid.spacing_mm}, array
+    return {
+        "affine": grid.affine.tolist(),
+        "spacing_mm": grid.spacing_mm,
+        "background": background(datasets[0]),
+    }, array
 
 
 def plane(datasets: Sequence[Any]) -> Answer:
-    """One single-frame image as (C, rows, columns). Raises CaseError."""
+    """One single-frame image as (C, rows, columns); padding is NaN. Raises CaseError."""
     values = frames(datasets[0])
     if len(values) != 1:
         raise CaseError("dimensions", f"{len(values)} frames instead of one")
     array = values[0] if values.ndim == 4 else values[0][..., np.newaxis]
     spacing = frame_places(datasets[0])[0].spacing
-    return {"affine": None, "spacing_mm": spacing or None}, np.ascontiguousarray(
-        array.transpose(2, 0, 1)
-    )
+    plain = {
+        "affine": None,
+        "spacing_mm": spacing or None,
+        "background": background(datasets[0]),
+    }
+    return plain, np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 def mask(segments: Any, datasets: Sequence[Any], request: dict[str, Any]) -> Answer:
@@ -195,7 +159,7 @@ def _layers(segments: Any, labels: dict[str, int]) -> NDArray[np.uint8]:
     top = int(segments.MaximumFractionalValue) if kind == "FRACTIONAL" else 1
     inside = pixels.astype(np.int32) * 2 >= top if kind == "FRACTIONAL" else pixels > 0
     sequence, keyword = "SegmentIdentificationSequence", "ReferencedSegmentNumber"
-    numbers = [int(_macro(segments, i, sequence, keyword)) for i in range(len(pixels))]
+    numbers = [int(functional(segments, i, sequence, keyword)) for i in range(len(pixels))]
     return np.asarray(inside.astype(np.uint8) * classes[numbers][:, np.newaxis, np.newaxis])
 
 
