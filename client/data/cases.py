@@ -43,12 +43,14 @@ class Picture:
         has none (PNG). spacing_mm: along each spatial axis; None where unknown.
     outside: (*spatial), true where the file says that there is no image (padding); those
         pixels hold a dark value and count in no mean, percentile or range. None where nowhere.
+    classed: a mask holds the study's class numbers already, so that no map is applied again.
     """
 
     array: NDArray[np.generic]
     affine: NDArray[np.float64] | None = None
     spacing_mm: tuple[float, ...] | None = None
     outside: NDArray[np.bool_] | None = None
+    classed: bool = False
 
 
 class Arrays(Protocol):

@@ -116,24 +116,6 @@ def _feature_text(text: str, feature: Feature) -> str:
     return level
 
 
-def class_mask(values: NDArray[np.generic], task: Task) -> NDArray[np.uint8]:
-    """A mask's values as class numbers; label_map applies to values as it does to labels.
-
-    Raises:
-        CaseError: "mask_values".
-    """
-    found = np.unique(values)
-    if not np.isfinite(found.astype(np.float64)).all() or len(found) > 256:
-        raise CaseError("mask_values", f"{len(found)} different values")
-    numbers: list[int] = []
-    for value in found:
-        try:
-            numbers.append(class_index(str(value), task, numbers=True))
-        except CaseError:
-            raise CaseError("mask_values", f"the value {canonical(str(value))}") from None
-    return np.array(numbers, dtype=np.uint8)[np.searchsorted(found, values)]
-
-
 def missing_and_odd(
     refs: Sequence[CaseRef], source: DataSource, features: Sequence[Feature]
 ) -> dict[str, tuple[int, int]]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from medfl.client.data import resample
 from medfl.client.data.cases import Picture
-from medfl.client.data.labels import class_mask
+from medfl.client.data.mask_values import class_mask
 from medfl.common.errors import CaseError
 from medfl.common.study import ImageInput, Study
 
@@ -66,7 +66,7 @@ def prepare(image: Picture, mask: Picture | None, study: Study) -> Prepared:
     image = _turned_without_padding(image, rule)
     inside = None if image.outside is None else _inside(image.array, image)
     if mask is not None:
-        mask = replace(mask, array=class_mask(mask.array, study.task))
+        mask = replace(mask, array=class_mask(mask, study.task))
     if rule.dimensions == 3:
         image = _oriented(image, rule.orientation, first_axis=1)
         mask = None if mask is None else _oriented(mask, rule.orientation, first_axis=0)

@@ -40,8 +40,11 @@ REASONS: dict[str, str] = {
     "study means. Name it in the table's mask column.",
     "mask_geometry": "The mask does not lie on the image's grid (other size, place or voxel "
     "size). Export the mask in the image's own geometry.",
-    "mask_values": "The mask holds values that are none of the study's classes. Ask the "
-    "coordinator to add them to `label_map` of the study, or export the mask again.",
+    "mask_values": "The mask holds values or colours that are none of the study's classes. Ask the "
+    "coordinator to add them to `label_map` of the study (a colour as `#ff0000`), or export the "
+    "mask again.",
+    "transparency": "Some pixels of the picture are transparent, so that what lies there cannot be "
+    "known. Export it without transparency.",
     "mask_overlap": "Two structures of the segmentation overlap, but the study allows one class a "
     "voxel. Export them without overlap.",
     "feature_absent": "The table has no column for a field of the study. Name this hospital's "

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 # What archives and people put beside DICOM files; silently passed over.
 _BESIDE = (".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".log", ".toml", ".ini")
 _NAMES_BESIDE = ("readme", "license", "version", "lockfile", "autorun.inf", "thumbs.db")
-_MASKS = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
+_MASKS = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".gif")
 _CHUNK = 64
 # Each is a process with pydicom in it, about 100 MB.
 _SCANNERS = min(16, len(os.sched_getaffinity(0)))
@@ -298,7 +298,8 @@ def load_mask(ref: CaseRef, study: Study) -> Picture:
         "dimensions": study.image.dimensions if study.image else 3,
         "labels": names | mapped,
     }
-    return _picture(sandbox.ask(request, _FILE_S + len(ref.files)))
+    # The child has looked the segments up: what it gives are the study's class numbers.
+    return replace(_picture(sandbox.ask(request, _FILE_S + len(ref.files))), classed=True)
 
 
 def _picture(answer: sandbox.Answer) -> Picture:

@@ -113,7 +113,7 @@ def load_mask(ref: CaseRef, study: Study) -> Picture:
         raise CaseError("mask_missing")
     file = ref.mask_files[0]
     if not file.name.lower().endswith(SUFFIXES):
-        return images.read_mask(file)
+        return images.read_mask(file, study.task)
     picture = read(file)
     if picture.array.shape[0] != 1:
         raise CaseError("mask_geometry", "the mask holds more than one volume")

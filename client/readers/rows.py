@@ -132,7 +132,7 @@ def find_in_table(source: DataSource, suffixes: Sequence[str]) -> Found:
     return Found(tuple(cases), tuple(faulty))
 
 
-_MASK_SUFFIXES = (".nii.gz", ".nii", ".png", ".tif", ".tiff")
+_MASK_SUFFIXES = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".gif")
 _MASK_ENDS = ("_mask", "_seg", "_label", "-mask", "-seg", "-label")
 
 

@@ -172,5 +172,5 @@ def test_mask_values_go_through_the_label_map(study: Studies) -> None:
     done = prepare(image, mask, mapped)
     assert done.mask is not None
     assert done.mask.tolist() == [[0, 1], [0, 1]]
-    with pytest.raises(CaseError, match="mask_values"):
-        prepare(image, mask, rules(study, size=[2, 2]))
+    with pytest.raises(CaseError, match="the value 128"):
+        prepare(image, Picture(np.where(mask.array > 0, 128, 0)), mapped)
