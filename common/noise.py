@@ -19,15 +19,18 @@ block a thread, would be faster there.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import os
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import CTR
+from cryptography.hazmat.primitives.ciphers.modes import CTR, ECB
 from numpy.typing import NDArray
 
 KEY_BYTES = 32
+# A name is three of a block's four words of 32 bits; the fourth counts blocks.
+NAME_WORDS = 3
 # Numbers made at once: their pieces stay in the processor's second cache, and are large enough for
 # torch to use every core that it was given. Even, because numbers are made in pairs.
 AT_ONCE = 2**16
@@ -46,6 +49,23 @@ def key_from(seed: int, *purpose: str | int) -> bytes:
     """The key of a simulation, from its seed: who knows the seed can take the noise off again."""
     text = "\x1f".join(["medfl-simulated-key", str(seed), *map(str, purpose)])
     return hashlib.sha256(text.encode()).digest()
+
+
+def words_by_name(
+    key: bytes, purpose: str, names: NDArray[np.uint32], n: int
+) -> NDArray[np.uint32]:
+    """(len(names), n) uniform 32-bit words, each row a function of key, purpose and its name alone.
+
+    names: (rows, 3). AES of distinct blocks, a name and a count each, under a key of the purpose: a
+    row is the same whatever other rows there are, and nobody can tell it from chance.
+    """
+    blocks = np.empty((len(names), -(-n // 4), 4), dtype="<u4")
+    blocks[:, :, :NAME_WORDS] = names[:, None]
+    blocks[:, :, NAME_WORDS] = np.arange(blocks.shape[1])
+    own = hmac.digest(key, f"by name\x1f{purpose}".encode(), "sha256")
+    # One block is never enciphered twice under one key, so that the plain mode shows nothing.
+    made = Cipher(AES(own), ECB()).encryptor().update(blocks.tobytes())
+    return np.frombuffer(made, dtype="<u4").reshape(len(names), -1)[:, :n]
 
 
 class Keystream:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +30,17 @@ def shuffled_batches(
 
 
 def batch_of(
-    cases: CaseSet, positions: NDArray[np.int64], study: Study, rng: np.random.Generator
+    cases: CaseSet,
+    positions: NDArray[np.int64],
+    study: Study,
+    rngs: Iterable[np.random.Generator],
 ) -> Batch:
-    """Inputs (B, ...) and targets of some cases, copied; random patches where sizes differ."""
+    """Inputs (B, ...) and targets of some cases, copied; random patches where sizes differ.
+
+    rngs: for each case the generator of its patch.
+    """
     if study.image is not None and study.image.fit == "keep":
-        return _patches(cases, positions, tuple(study.image.size), rng)
+        return _patches(cases, positions, tuple(study.image.size), rngs)
     return rows(cases.inputs, positions), rows(cases.targets, positions)
 
 
@@ -51,11 +57,11 @@ def _patches(
     cases: CaseSet,
     positions: NDArray[np.int64],
     size: tuple[int, ...],
-    rng: np.random.Generator,
+    rngs: Iterable[np.random.Generator],
 ) -> Batch:
     pairs = [
         random_patch(cases.inputs[int(i)], np.asarray(cases.targets[int(i)]), size, rng)
-        for i in positions
+        for i, rng in zip(positions, rngs, strict=False)
     ]
     return np.stack([p[0] for p in pairs]), np.stack([p[1] for p in pairs])
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from medfl.client.training.batches import shuffled_batches
 from medfl.client.training.caseset import CaseSet
+from medfl.client.training.draws import FromSeed
 from medfl.client.training.optimisers import make_optimiser
 from medfl.client.training.plan import TrainOutcome, TrainPlan
 from medfl.client.training.private import train_private
@@ -41,8 +42,9 @@ def train(
 ) -> TrainOutcome:
     """Train `model` in place for one round; with `plan.dp` under differential privacy.
 
-    Everything random comes from `plan.seed`: the same weights, cases and plan give the same bits
-    in any process with the same number of threads. The optimiser starts afresh every round.
+    Everything random comes from `plan.seed`, under differential privacy from `plan.dp.key`: the
+    same weights, cases and plan give the same bits in any process with the same number of threads.
+    The optimiser starts afresh every round.
 
     Raises:
         DataError: no cases, or the loss stopped being a number.
@@ -61,7 +63,10 @@ def _train_plain(
     model: nn.Module, cases: CaseSet, study: Study, shared: Shared, plan: TrainPlan
 ) -> TrainOutcome:
     training, device = study.training, torch.device(plan.device)
-    loss_of, fetch = build_loss(study, shared), batch_source(cases, study, plan)
+    loss_of, fetch = (
+        build_loss(study, shared),
+        batch_source(cases, study, plan, FromSeed(plan.seed)),
+    )
     parameters = trainable(model)
     start = {n: p.detach().clone() for n, p in parameters.items()} if plan.penalty else {}
     optimiser = make_optimiser(training, list(parameters.values()))

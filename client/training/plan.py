@@ -25,8 +25,9 @@ class DpPlan:
     unit: whom this protects: a patient with all records, or each record alone.
     n_declared: units that the hospital says it has, for the expected batch; None: as many as
         there are, which then counts as known to everybody.
-    key: 32 bytes that decide noise and sampling; whoever knows them sees through both, so they
-        are drawn afresh unless a simulation, which is to be repeated, hands them in.
+    key: 32 bytes that decide everything random: noise, sampling, patches, augmentation, dropout.
+        Whoever knows them sees through it, so they are drawn afresh unless a simulation, which is
+        to be repeated, hands them in.
     """
 
     noise_multiplier: float
@@ -42,8 +43,8 @@ class DpPlan:
 class TrainPlan:
     """One round at one hospital.
 
-    round: from 1 to rounds. seed: decides shuffling, augmentation and dropout, and
-        nothing that differential privacy rests on.
+    round: from 1 to rounds. seed: decides shuffling, patches, augmentation and dropout
+        without differential privacy, and nothing under it.
     penalty: (local, global) parameters by name -> scalar added to the loss (FedProx).
     correction: by parameter name, added to every gradient (SCAFFOLD: c - c_i).
     """

@@ -5,7 +5,7 @@ What makes the clipped sums is an engine (`medfl.client.training.engines`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from medfl.client.training.caseset import CaseSet
 from medfl.client.training.clipping import Clipping
+from medfl.client.training.draws import OfEach
+from medfl.client.training.dropout import Dropouts
 from medfl.client.training.engines.choice import engine_for
 from medfl.client.training.engines.engine import Bound, Engine
 from medfl.client.training.engines.materialised import clipped_sum
@@ -32,6 +34,7 @@ from medfl.client.training.units import (
     Positions,
     groups,
     poisson_batches,
+    unit_names,
     units_of,
 )
 from medfl.common.errors import ConfigError
@@ -55,7 +58,7 @@ def train_private(
     and precision is full. No loss is reported: it would be an answer about the data.
 
     Raises:
-        ConfigError: the model mixes records.
+        ConfigError: the model mixes records, or draws random numbers that are not its records' own.
     """
     dp = plan.dp
     if dp is None:
@@ -65,18 +68,33 @@ def train_private(
             "model: has batch norm, which mixes records, so it cannot train under differential "
             'privacy; build it with Shared.private, or set model.options.norm = "group"'
         )
-    parameters = trainable(model)
-    engine = engine_for(model, build_loss(study, shared))
-    fetch, normal = batch_source(cases, study, plan), noise_generator(dp)
+    each = OfEach(dp.key, cases.keys)
+    dropouts = Dropouts(each)
+    engine = engine_for(model, build_loss(study, shared), dropouts)
+    with dropouts.replaced(model):
+        return _steps(engine, trainable(model), cases, study, plan, dp, each)
+
+
+def _steps(
+    engine: Engine,
+    parameters: Mapping[str, nn.Parameter],
+    cases: CaseSet,
+    study: Study,
+    plan: TrainPlan,
+    dp: DpPlan,
+    each: OfEach,
+) -> TrainOutcome:
+    fetch, normal = _fetch(cases, study, plan, each), noise_generator(dp)
     units = units_of(cases, dp.unit)
     expected_batch = dp.sample_rate * (dp.n_declared or len(units))
     start = {n: p.detach().clone() for n, p in parameters.items()}
     optimiser = make_optimiser(study.training, list(parameters.values()))
     steps, rates = private_steps_in_round(study, dp.sample_rate), 0.0
     clipping = Clipping(dp, expected_batch)
-    batches = poisson_batches(len(units), dp.sample_rate, dp.key)
-    at_once = chunk_size(model, study.training.batch_size)
+    batches = poisson_batches(unit_names(cases, units, dp.unit), dp.sample_rate, dp.key)
+    at_once = chunk_size(parameters.values(), study.training.batch_size)
     for step, drawn in enumerate(islice(batches, steps)):
+        each.step = step
         rates += set_rate(optimiser, study, plan, step, steps)
         batch = [units[int(i)] for i in drawn]
         bound = Bound(clipping.value)
@@ -119,9 +137,23 @@ def noise_generator(dp: DpPlan) -> Callable[[Tensor], Tensor]:
     return normal
 
 
-def chunk_size(model: nn.Module, batch_size: int) -> int:
-    """Records whose gradients are held at once; only memory and speed depend on it."""
-    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def _fetch(cases: CaseSet, study: Study, plan: TrainPlan, each: OfEach) -> Fetch:
+    """The records of a batch, of which `each` is told before the model sees them."""
+    source = batch_source(cases, study, plan, each)
+
+    def fetch(positions: Positions) -> tuple[Tensor, Tensor]:
+        each.batch = positions
+        return source(positions)
+
+    return fetch
+
+
+def chunk_size(parameters: Iterable[Tensor], batch_size: int) -> int:
+    """Records whose gradients are held at once; only memory and speed depend on it.
+
+    parameters: those that are trained.
+    """
+    numbers = sum(p.numel() for p in parameters)
     return max(1, min(batch_size, MOST_NUMBERS // max(numbers, 1)))
 
 

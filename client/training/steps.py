@@ -12,31 +12,31 @@ from torch import Tensor, nn
 from medfl.client.training.augment import augment, augmentations
 from medfl.client.training.batches import batch_of
 from medfl.client.training.caseset import CaseSet
+from medfl.client.training.draws import Randomness
 from medfl.client.training.plan import TrainPlan
 from medfl.client.training.schedule import learning_rate_at
-from medfl.common.seeds import derive
 from medfl.common.study import Study
 
 Fetch = Callable[[NDArray[np.int64]], tuple[Tensor, Tensor]]
 
 
-def batch_source(cases: CaseSet, study: Study, plan: TrainPlan) -> Fetch:
+def batch_source(cases: CaseSet, study: Study, plan: TrainPlan, randomness: Randomness) -> Fetch:
     """positions -> inputs and targets on the plan's device, cut to patches and augmented.
 
-    A record's changes depend on nothing but the record and random numbers, so its gradient stays
-    its own under differential privacy.
+    A record's changes depend on nothing but the record and its random numbers, so its gradient
+    stays its own under differential privacy.
     """
     device, steps = torch.device(plan.device), augmentations(study)
-    patches = np.random.default_rng(derive(plan.seed, "patches"))
-    generator = torch.Generator().manual_seed(derive(plan.seed, "augment"))
 
     def fetch(positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        batch = batch_of(cases, positions, study, patches)
+        batch = batch_of(cases, positions, study, randomness.patches(positions))
         inputs, targets = (
             torch.from_numpy(np.ascontiguousarray(part)).to(device, non_blocking=True)
             for part in batch
         )
-        return augment(steps, inputs, targets, generator) if steps else (inputs, targets)
+        if not steps:
+            return inputs, targets
+        return augment(steps, inputs, targets, randomness.changes(positions))
 
     return fetch
 

@@ -10,6 +10,7 @@ that `privacy.clip` was chosen for however many images there are, and averages t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medfl.client.training.caseset import CaseSet
-from medfl.common.noise import Keystream
+from medfl.client.training.draws import names_of
+from medfl.common.noise import words_by_name
 
 Unit = Literal["patient", "record"]
 Positions = NDArray[np.int64]
@@ -35,15 +37,25 @@ def units_of(cases: CaseSet, unit: Unit) -> list[Positions]:
     return [np.array(positions, dtype=np.int64) for positions in found.values()]
 
 
-def poisson_batches(n_units: int, sample_rate: float, key: bytes) -> Iterator[Positions]:
+def unit_names(cases: CaseSet, units: Sequence[Positions], unit: Unit) -> list[str]:
+    """Who each unit is, whoever else is there."""
+    names = cases.patients if unit == "patient" else cases.keys
+    return [names[int(positions[0])] for positions in units]
+
+
+def poisson_batches(names: Sequence[str], sample_rate: float, key: bytes) -> Iterator[Positions]:
     """Endless batches in which every unit takes part with `sample_rate`, on its own; maybe none.
 
-    Who takes part must be as secret as the noise: amplification by sampling rests on it.
+    Who takes part must be as secret as the noise: amplification by sampling rests on it. A unit's
+    lot follows from the key, the step and its name, so that nobody's hangs on who else is there.
     """
-    stream = Keystream(key, "sampling")
-    while True:
-        # Uniforms are multiples of 2^-53 above 0, so that a rate of 1 takes everybody.
-        yield np.flatnonzero(stream.uniforms(n_units) <= sample_rate)
+    units = names_of(names)
+    for step in count():
+        words = words_by_name(key, f"sampling {step}", units, 2).astype(np.uint64)
+        bits = (words[:, 0] << np.uint64(21)) | (words[:, 1] >> np.uint64(11))
+        # Multiples of 2^-53 above 0, so that a rate of 1 takes everybody.
+        lots = (bits + np.uint64(1)).astype(np.float64) * 2.0**-53
+        yield np.flatnonzero(lots <= sample_rate)
 
 
 def groups(units: Sequence[Positions], at_once: int) -> Iterator[list[Positions]]:

@@ -64,9 +64,12 @@ def sample(images: Tensor, masks: Tensor | None, grid: Tensor) -> tuple[Tensor, 
     return moved, picked[:, 0].to(masks.dtype)
 
 
-def blur(images: Tensor, sds: Tensor) -> Tensor:
-    """Gaussian blur with (B,) standard deviations in voxels, one axis after the other."""
-    reach = max(1, int(3 * float(sds.max()) + 0.5))
+def blur(images: Tensor, sds: Tensor, largest: float) -> Tensor:
+    """Gaussian blur with (B,) standard deviations in voxels, one axis after the other.
+
+    largest: no record's is larger; kernels reach by it, and not by whoever is in the batch.
+    """
+    reach = max(1, int(3 * largest + 0.5))
     offsets = torch.arange(-reach, reach + 1, device=images.device)
     kernels = torch.exp(-((offsets / sds[:, None]) ** 2) / 2)
     kernels = kernels / kernels.sum(dim=1, keepdim=True)

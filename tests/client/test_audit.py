@@ -66,7 +66,7 @@ def right_guesses(seed: int, noise_multiplier: float = SIGMA) -> int:
     released = np.zeros(CANARIES)
     for round_ in range(ROUNDS):
         dp = DpPlan(noise_multiplier, RATE, CLIP, key=key_from(seed, "round", round_))
-        (drawn,) = islice(poisson_batches(len(units), RATE, dp.key), 1)
+        (drawn,) = islice(poisson_batches([str(u[0]) for u in units], RATE, dp.key), 1)
         batch = [units[i] for i in drawn]
         summed = sum_of_units(batch, 64, weights, engine, fetch, Bound(CLIP))
         released += noisy_mean(

@@ -8,13 +8,18 @@ import torch
 
 from medfl.client.training import warp
 from medfl.client.training.augment import AUGMENTATIONS, augment, augmentations
+from medfl.client.training.draws import FromOne
 from medfl.common.errors import ConfigError
 
 SPATIAL = ["flip", "rotate90", "rotate", "zoom", "affine", "elastic"]
 
 
-def seeded(seed: int = 0) -> torch.Generator:
+def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def seeded(n: int) -> FromOne:
+    return FromOne(generator(), n)
 
 
 def steps(make_study, *names: str, size=(8, 8), **options):
@@ -23,7 +28,7 @@ def steps(make_study, *names: str, size=(8, 8), **options):
 
 
 def images(*size: int, n: int = 6) -> torch.Tensor:
-    return torch.randn(n, 2, *size, generator=seeded(9))
+    return torch.randn(n, 2, *size, generator=generator(9))
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -31,8 +36,8 @@ def images(*size: int, n: int = 6) -> torch.Tensor:
 def test_every_change_keeps_shape_seed_and_its_argument(name, size, make_study) -> None:
     x = images(*size)
     kept, listed = x.clone(), steps(make_study, name, size=size)
-    first, _ = augment(listed, x, torch.zeros(6), seeded())
-    again, _ = augment(listed, x, torch.zeros(6), seeded())
+    first, _ = augment(listed, x, torch.zeros(6), seeded(6))
+    again, _ = augment(listed, x, torch.zeros(6), seeded(6))
     assert torch.equal(x, kept)
     assert torch.equal(first, again)
     assert first.shape == x.shape
@@ -46,7 +51,7 @@ def test_masks_move_with_their_images(name, make_study) -> None:
     masks = torch.zeros(6, 16, 16, dtype=torch.uint8)
     masks[:, 1:14, 2:15] = 2
     x = masks[:, None].float().repeat(1, 2, 1, 1)
-    moved, followed = augment(steps(make_study, name, size=(16, 16)), x, masks, seeded())
+    moved, followed = augment(steps(make_study, name, size=(16, 16)), x, masks, seeded(6))
     assert followed.dtype == torch.uint8
     assert set(followed.unique().tolist()) <= {0, 2}
     # The image is interpolated and the mask is not: at a corner, 3/4 of the step of 2 at most.
@@ -59,16 +64,16 @@ def test_each_record_is_changed_as_often_as_its_probability(make_study) -> None:
         make_study("cnn", augment=[{"name": "intensity_shift", "probability": 0.25}])
     )
     x = images(8, 8, n=2000)
-    changed, _ = augment(listed, x, torch.zeros(2000), seeded())
+    changed, _ = augment(listed, x, torch.zeros(2000), seeded(2000))
     share = float((changed != x).flatten(1).any(dim=1).float().mean())
     assert share == pytest.approx(0.25, abs=0.04)
 
 
 def test_flips_mirror_one_of_the_named_axes(make_study) -> None:
     x = images(4, 5)
-    rows, _ = augment(steps(make_study, "flip", axes=[0]), x, torch.zeros(6), seeded())
+    rows, _ = augment(steps(make_study, "flip", axes=[0]), x, torch.zeros(6), seeded(6))
     assert torch.equal(rows, x.flip(2))
-    either, _ = augment(steps(make_study, "flip"), x, torch.zeros(6), seeded())
+    either, _ = augment(steps(make_study, "flip"), x, torch.zeros(6), seeded(6))
     kinds = [torch.equal(e, o.flip(1)) for e, o in zip(either, x, strict=True)]
     assert all(
         kind or torch.equal(e, o.flip(2)) for kind, e, o in zip(kinds, either, x, strict=True)
@@ -78,16 +83,16 @@ def test_flips_mirror_one_of_the_named_axes(make_study) -> None:
 
 def test_inversion_swaps_the_extremes_of_each_image(make_study) -> None:
     x = torch.tensor([[[[1.0, 2.0, 5.0]]]])
-    changed, _ = augment(steps(make_study, "invert"), x, torch.zeros(1), seeded())
+    changed, _ = augment(steps(make_study, "invert"), x, torch.zeros(1), seeded(1))
     assert changed.flatten().tolist() == [5, 4, 1]
 
 
 def test_contrast_and_scale_keep_what_they_promise(make_study) -> None:
     x = images(8, 8)
-    changed, _ = augment(steps(make_study, "contrast"), x, torch.zeros(6), seeded())
+    changed, _ = augment(steps(make_study, "contrast"), x, torch.zeros(6), seeded(6))
     assert torch.allclose(changed.flatten(1).amax(1), x.flatten(1).amax(1), atol=1e-5)
     assert torch.allclose(changed.flatten(1).amin(1), x.flatten(1).amin(1), atol=1e-5)
-    scaled, _ = augment(steps(make_study, "intensity_scale", by=0.5), x, torch.zeros(6), seeded())
+    scaled, _ = augment(steps(make_study, "intensity_scale", by=0.5), x, torch.zeros(6), seeded(6))
     ratio = (scaled / x).flatten(1)
     assert torch.allclose(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-3)
     assert float((ratio[:, 0] - 1).abs().max()) <= 0.5
@@ -102,7 +107,7 @@ def quarter_turn(size: tuple[int, ...], axis: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("size", "axis", "plane"), [((5, 5), 0, (2, 3)), ((5, 4, 5), 1, (2, 4))])
 def test_a_turn_by_90_degrees_moves_voxels_onto_voxels(size, axis, plane) -> None:
-    x = torch.randn(1, 1, *size, generator=seeded())
+    x = torch.randn(1, 1, *size, generator=generator())
     grid = warp.affine_grid(quarter_turn(size, axis), torch.zeros(1, len(size)), size)
     moved, _ = warp.sample(x, None, grid)
     either = [torch.rot90(x, k, plane) for k in (1, 3)]
@@ -124,8 +129,8 @@ def test_shift_and_enlargement_by_hand() -> None:
 def test_blur_matches_scipy() -> None:
     from scipy.ndimage import gaussian_filter
 
-    x = torch.randn(2, 1, 12, 11, generator=seeded())
-    found = warp.blur(x, torch.tensor([1.0, 1.0]))
+    x = torch.randn(2, 1, 12, 11, generator=generator())
+    found = warp.blur(x, torch.tensor([1.0, 1.0]), 1.0)
     for record in range(2):
         expected = gaussian_filter(x[record, 0].numpy(), 1.0, mode="nearest", radius=3)
         np.testing.assert_allclose(found[record, 0].numpy(), expected, atol=1e-5)

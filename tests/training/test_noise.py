@@ -167,9 +167,13 @@ def test_half_the_noise_in_training_is_noticed(make_study, make_cases, monkeypat
     assert faults_of(noise_of_training(make_study, make_cases), 3.0 * 0.5)
 
 
+def names(n: int) -> list[str]:
+    return [f"patient {i}" for i in range(n)]
+
+
 def test_poisson_batches_pass_a_binomial_test() -> None:
     n, rate, steps = 300, 0.2, 2000
-    batches = list(islice(poisson_batches(n, rate, key_from(0)), steps))
+    batches = list(islice(poisson_batches(names(n), rate, key_from(0)), steps))
     drawn = sum(len(b) for b in batches)
     assert stats.binomtest(drawn, n * steps, rate).pvalue > 0.001
     sizes = np.array([len(b) for b in batches])
@@ -181,12 +185,12 @@ def test_poisson_batches_pass_a_binomial_test() -> None:
         table[step, batch] = True
     assert abs(np.corrcoef(table[:, 0], table[:, 1])[0, 1]) < 4 / steps**0.5
     assert abs(np.corrcoef(table[:-1, 0], table[1:, 0])[0, 1]) < 4 / steps**0.5
-    assert all(len(b) == n for b in islice(poisson_batches(n, 1.0, key_from(0)), 50))
+    assert all(len(b) == n for b in islice(poisson_batches(names(n), 1.0, key_from(0)), 50))
 
 
 def test_sampling_differs_under_one_seed_and_is_independent_of_the_noise() -> None:
     torch.manual_seed(0)
-    one = next(poisson_batches(200, 0.5, fresh_key()))
+    one = next(poisson_batches(names(200), 0.5, fresh_key()))
     torch.manual_seed(0)
-    other = next(poisson_batches(200, 0.5, fresh_key()))
+    other = next(poisson_batches(names(200), 0.5, fresh_key()))
     assert one.tolist() != other.tolist()

@@ -25,6 +25,7 @@ from medfl.common.statistics import Shared
 
 PRIVATE = Shared(private=True)
 KEY = bytes(32)
+NAMES = [f"p{i}" for i in range(50)]
 SILENT = DpPlan(noise_multiplier=0.0, sample_rate=1.0, clip=1.0, key=KEY)
 PLAN = TrainPlan(round=1, rounds=1, seed=3, dp=SILENT)
 
@@ -111,7 +112,7 @@ def test_chunks_change_memory_and_nothing_else(make_study, make_cases, monkeypat
     for most in (private.MOST_NUMBERS, 1):
         monkeypatch.setattr(private, "MOST_NUMBERS", most)
         model = build_model(study, PRIVATE, seed=0)
-        results.append(chunk_size(model, 8))
+        results.append(chunk_size(model.parameters(), 8))
         train(model, cases, study, PRIVATE, PLAN)
         results.append(get_weights(model)["0.weight"])
     assert (results[0], results[2]) == (8, 1)
@@ -179,7 +180,7 @@ def test_two_runs_under_one_seed_have_different_noise_unless_a_key_is_handed_in(
 
 
 def test_poisson_batches_take_each_case_on_its_own() -> None:
-    batches = list(islice(poisson_batches(50, 0.1, KEY), 2000))
+    batches = list(islice(poisson_batches(NAMES, 0.1, KEY), 2000))
     sizes = np.array([len(b) for b in batches])
     assert sizes.mean() == pytest.approx(5, rel=0.05)
     assert sizes.var() == pytest.approx(50 * 0.1 * 0.9, rel=0.15)
@@ -200,18 +201,18 @@ def test_penalty_and_correction_are_added_to_the_noisy_mean(make_study, make_cas
     assert get_weights(model)["1.weight"][0] == pytest.approx([-0.5, -0.6])
 
 
-def test_one_seed_gives_the_same_bits(make_study, make_cases) -> None:
+def test_one_key_gives_the_same_bits_whatever_the_seed(make_study, make_cases) -> None:
     study = make_study("cnn", options={"dropout": 0.5}, batch_size=4, augment=[{"name": "affine"}])
     cases = make_cases(study=study, n=8)
-    dp = DpPlan(noise_multiplier=1.0, sample_rate=0.5, clip=1.0, key=KEY)
 
-    def digest(seed: int) -> str:
+    def digest(seed: int, key: bytes) -> str:
+        dp = DpPlan(noise_multiplier=1.0, sample_rate=0.5, clip=1.0, key=key)
         model = build_model(study, PRIVATE, seed=0)
         outcome = train(model, cases, study, PRIVATE, replace(PLAN, seed=seed, dp=dp))
         assert outcome.steps == 2
         return tensors.digest(get_weights(model))
 
-    assert digest(1) == digest(1) != digest(2)
+    assert digest(1, KEY) == digest(1, KEY) == digest(2, KEY) != digest(1, bytes(31) + b"1")
 
 
 def test_a_model_with_batch_norm_is_refused(make_study, make_cases) -> None:

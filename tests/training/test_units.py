@@ -103,6 +103,8 @@ def test_fifty_copies_of_an_image_count_as_one() -> None:
 def test_patients_with_one_record_each_are_records_to_the_last_bit(make_study) -> None:
     study = make_study(features=3, batch_size=8, local_steps=5)
     cases = cases_of("abcdefghijkl")
+    # Who takes part follows from the unit's name, so that both must have one.
+    cases = replace(cases, keys=cases.patients)
     found = []
     for unit in ("patient", "record"):
         dp = DpPlan(1.0, 0.5, CLIP, unit=unit, key=bytes(32))

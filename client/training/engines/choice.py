@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from medfl.client.training.dropout import Dropouts
 from medfl.client.training.engines.bookkeeping import BookKeeping
 from medfl.client.training.engines.engine import Bound, Engine, Loss, NotCoveredError
 from medfl.client.training.engines.materialised import Materialised, per_record_gradients
@@ -19,10 +20,13 @@ from medfl.client.training.units import Gradients
 log = logging.getLogger(__name__)
 
 
-def engine_for(model: nn.Module, loss_of: Loss) -> Engine:
-    """Book-keeping where its rules cover the model, on the CPU, where they were measured."""
+def engine_for(model: nn.Module, loss_of: Loss, dropouts: Dropouts | None = None) -> Engine:
+    """Book-keeping where its rules cover the model, on the CPU, where they were measured.
+
+    dropouts: the model's, while they drop by each record's own numbers.
+    """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    any_model = Materialised(parameters, per_record_gradients(model, loss_of))
+    any_model = Materialised(parameters, per_record_gradients(model, loss_of, dropouts))
     devices = {p.device.type for p in model.parameters()}
     if devices != {"cpu"}:
         log.info("gradients by %s: measured on the CPU only are the others", any_model.name)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from medfl.client.training.dropout import Dropouts
 from medfl.client.training.engines.engine import Bound, Loss
 from medfl.client.training.units import Gradients, mean_by_unit
 
@@ -42,17 +43,37 @@ class Materialised:
         return {name: p.detach() for name, p in self._parameters.items()}
 
 
-def per_record_gradients(model: nn.Module, loss_of: Loss) -> PerRecord:
+def per_record_gradients(
+    model: nn.Module, loss_of: Loss, dropouts: Dropouts | None = None
+) -> PerRecord:
     """(parameters, inputs (B, ...), targets (B, ...)) -> gradients (B, *shape) by name.
 
     Each record's loss is taken alone, as a batch of one; frozen parameters are the model's own.
+    dropouts: the model's, while they drop by each record's own numbers.
     """
 
-    def loss_of_one(parameters: Mapping[str, Tensor], one: Tensor, target: Tensor) -> Tensor:
+    def loss_of_one(
+        parameters: Mapping[str, Tensor], one: Tensor, target: Tensor, place: Tensor
+    ) -> Tensor:
+        if dropouts is not None:
+            dropouts.place = place[None]
         logits = functional_call(model, dict(parameters), (one[None],))
         return loss_of(logits, target[None])
 
-    return vmap(grad(loss_of_one), in_dims=(None, 0, 0), randomness="different")
+    each = vmap(grad(loss_of_one), in_dims=(None, 0, 0, 0), randomness="different")
+
+    def gradients_of(
+        parameters: Mapping[str, Tensor], inputs: Tensor, targets: Tensor
+    ) -> Gradients:
+        try:
+            places = torch.arange(len(inputs), device=inputs.device)
+            found: Gradients = each(parameters, inputs, targets, places)
+        finally:
+            if dropouts is not None:
+                dropouts.place = None
+        return found
+
+    return gradients_of
 
 
 def clipped_sum(gradients: Gradients, bound: Bound) -> Gradients:
