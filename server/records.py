@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,6 +88,15 @@ def round_record(
         bytes_down=n_asked * (size(asked.weights) + size(asked.control)),
         bytes_up=bytes_up,
     )
+
+
+def finite(plain: Any) -> Any:
+    """The same plain values for JSON, None where a number is not finite: nothing was measured."""
+    if isinstance(plain, Mapping):
+        return {key: finite(value) for key, value in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [finite(value) for value in plain]
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
 def size(group: Tensors) -> int:

@@ -33,7 +33,9 @@ from medfl.server.checkpoint import Checkpoint, Model
 from medfl.server.records import Best, RoundRecord, named, round_record, size
 from medfl.server.roster import Prepared, Roster, Sites, ask, ask_each, prepare
 from medfl.server.secure_round import Ahead, SecureRound, Terms
+from medfl.strategies import buffers as averages
 from medfl.strategies.admission import cleaned, fault_of, opened
+from medfl.strategies.buffers import Buffers, buffer_names, refuse_unbounded
 from medfl.strategies.catalogue import WEIGHTINGS, strategy_for
 from medfl.strategies.home import home_names
 from medfl.strategies.proportion import OUT_OF_PROPORTION, Proportion, remember, remembered
@@ -72,8 +74,9 @@ class Earlier:
 class _Federation:
     """What stays the same over all rounds.
 
-    travels: parameters that sites send. ahead: by round, the keys of its secure sum that the round
-        before has left; lost with the process, and then made anew.
+    travels: parameters that sites send. buffers: those of them that are only averaged.
+    ahead: by round, the keys of its secure sum that the round before has left; lost with the
+        process, and then made anew.
     """
 
     study: Study
@@ -82,6 +85,7 @@ class _Federation:
     prepared: Prepared
     say: Instruction
     travels: frozenset[str]
+    buffers: frozenset[str]
     ahead: dict[int, Ahead] = field(default_factory=dict)
 
     @property
@@ -122,9 +126,9 @@ def run_study(
     _refuse_unseen_choice(study, prepared.shared)
     say = replace(say, shared=statistics.statistics_to_plain(prepared.shared))
     strategy = strategy_for(study, noise_key)
-    model, travels = _start(study, strategy, prepared.shared, seed)
+    model, travels, buffers = _start(study, strategy, prepared.shared, seed)
     model = earlier.checkpoint.model if earlier else model
-    federation = _Federation(study, strategy, sites, prepared, say, travels)
+    federation = _Federation(study, strategy, sites, prepared, say, travels, buffers)
     records = list(earlier.records) if earlier else []
     first = earlier.checkpoint.record.round + 1 if earlier else 1
     for number in range(first, study.federation.rounds + 1):
@@ -179,8 +183,8 @@ def draw(names: list[str], n: int | None, seed: int) -> list[str]:
 
 def _start(
     study: Study, strategy: Strategy, shared: Shared, seed: int
-) -> tuple[Model, frozenset[str]]:
-    """The model that round 1 starts from, and the names of what sites send."""
+) -> tuple[Model, frozenset[str], frozenset[str]]:
+    """The model that round 1 starts from, what sites send of it, and which of that is buffers."""
     n_features = len(columns(study.record, shared)) if study.record is not None else None
     module = build_model(study, shared, n_features=n_features, seed=derive(seed, "weights"))
     if study.federation.keep == "average" and has_batch_norm(module):
@@ -190,12 +194,15 @@ def _start(
         )
     weights = get_weights(module)
     floating = tensors.floats(weights)
+    travels = frozenset(floating) - home_names(module, strategy.local)
+    buffers = buffer_names(module) & travels
+    refuse_unbounded(study, buffers)
     control: dict[str, Array] = {}
     if strategy.local.control_variates:
-        control = {n: np.zeros_like(a) for n, a in floating.items()}
+        control = {n: np.zeros_like(a) for n, a in floating.items() if n not in buffers}
     best = Best(study.federation.best_metric)
-    travels = frozenset(floating) - home_names(module, strategy.local)
-    return Model(weights, tensors.digest(weights), control, ServerState(), best), travels
+    model = Model(weights, tensors.digest(weights), control, ServerState(), best)
+    return model, travels, buffers
 
 
 def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRecord, Model]:
@@ -238,7 +245,7 @@ def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRec
     model = replace(model, best=best)
     if isinstance(admitted, SecureRound) and admitted.ahead is not None:
         federation.ahead[number + 1] = admitted.ahead
-    model = model if record.void else _moved(federation, model, combined)
+    model = model if record.void else _moved(federation, model, combined, admitted.buffers())
     if study.site_privacy is not None:
         record = replace(record, epsilon=spent(study, model.state.round))
     state = remember(model.state, proportion.median)
@@ -248,8 +255,9 @@ def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRec
     return replace(record, model=model.digest), replace(model, state=state)
 
 
-def _moved(federation: _Federation, model: Model, combined: Combined) -> Model:
+def _moved(federation: _Federation, model: Model, combined: Combined, buffers: Tensors) -> Model:
     weights, state = federation.strategy.server_step(model.weights, combined.delta, model.state)
+    weights = averages.moved(weights, buffers)
     # c + |S|/N * mean of the changes: Karimireddy et al. 2020, eq. 5.
     share = combined.n_sites / len(federation.roster)
     control = {
@@ -270,7 +278,7 @@ class _Admitted:
         self, federation: _Federation, roster: Roster, asked: Instruction, proportion: Proportion
     ) -> None:
         self._federation, self._roster, self._asked = federation, roster, asked
-        self._proportion = proportion
+        self._proportion, self._buffers = proportion, Buffers(federation.buffers)
         self.replies: list[Reply] = []
         self.left_out: dict[str, str] = {}
         self.bytes_up = 0
@@ -280,8 +288,14 @@ class _Admitted:
         federation = self._federation.study.federation
         return self._federation.strategy.combine(self, WEIGHTINGS[federation.weighting])
 
+    def buffers(self) -> Tensors:
+        """The mean change of the admitted sites' buffers, once they came by."""
+        strategy, weighting = self._federation.strategy, self._federation.study.federation.weighting
+        return self._buffers.mean(strategy.average, WEIGHTINGS[weighting])
+
     def __iter__(self) -> Iterator[Reply]:
-        for reply in self._proportion.admit(self._sound()):
+        for reply in self._proportion.admit(self._buffers.taken_off(self._sound())):
+            self._buffers.admit(reply.site)
             self.replies.append(replace(reply, delta={}, control={}))
             yield reply
             del reply  # else it would lie in memory until the next one is there

@@ -33,6 +33,7 @@ from medfl.common.secure.exchange import (
 )
 from medfl.common.secure.updates import Scale, Shapes, cap_of, from_words, length, scale_of
 from medfl.common.study import Study
+from medfl.common.tensors import Tensors
 from medfl.server.records import size
 from medfl.strategies.admission import is_case_count
 from medfl.strategies.catalogue import WEIGHTINGS
@@ -101,6 +102,10 @@ class SecureRound:
         self._collect_updates(collector)
         total = collector.total(self._revealed(collector))
         return self._mean(total, shapes, controls, scale)
+
+    def buffers(self) -> Tensors:
+        """None: a model with running statistics is refused under masks."""
+        return {}
 
     def _agreement(self) -> Agreement:
         adverts = {}

@@ -21,7 +21,7 @@ from medfl.common.metrics import default_metrics, intervals, mean_over_sites, su
 from medfl.common.metrics.scores import Scores, concatenate, load
 from medfl.common.seeds import derive
 from medfl.common.study import Study
-from medfl.server.records import bytes_per_round
+from medfl.server.records import bytes_per_round, finite
 from medfl.server.rounds import Outcome, RoundRecord
 from medfl.simulations.sites import SimulatedRun
 
@@ -45,7 +45,7 @@ class RoundLog:
     def write(self, record: RoundRecord) -> None:
         """Append one round. Raises StorageError, and then the file ends with the round before."""
         with self._lock, storing(self.path):
-            self._append(json.dumps(asdict(record)) + "\n")
+            self._append(json.dumps(finite(asdict(record))) + "\n")
             if record.run not in self._writers:
                 self._writers[record.run] = self._make_writer(str(self._folder / record.run))
             writer = self._writers[record.run]
@@ -129,7 +129,7 @@ def write_results(
         "n_parameters": int(sum(a.size for a in tensors.floats(outcome.weights).values())),
         "bytes_per_round": sum(bytes_per_round(outcome.records)),
     }
-    text = json.dumps(result, indent=2, allow_nan=False)
+    text = json.dumps(finite(result), indent=2, allow_nan=False)
     tensors.write_atomic(main.folder / "result.json", text.encode())
     return result
 

@@ -10,6 +10,7 @@ Every reason is one of a few fixed phrases: they are shown to people and written
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -76,7 +77,8 @@ def is_case_count(number: object) -> bool:
 def cleaned(reply: Reply, metrics: Collection[str]) -> Reply:
     """The reply without what was not asked: other metrics, and texts that are no known phrase.
 
-    A number stays as the site tells it; a text could tell anything to everybody who reads a report.
+    A number stays as the site tells it, but one that is not finite is none, as where a metric is
+    undefined; a text could tell anything to everybody who reads a report.
     """
     refusal = reply.refusal
     if refusal and not _PHRASE.fullmatch(refusal):
@@ -85,6 +87,7 @@ def cleaned(reply: Reply, metrics: Collection[str]) -> Reply:
     return replace(
         reply,
         refusal=refusal,
+        loss=_finite(reply.loss),
         metrics={part: _asked_for(values, metrics) for part, values in reply.metrics.items()},
         left_out=dict(reasons[:MAX_REASONS]),
         cohort=reply.cohort if _DIGEST.fullmatch(reply.cohort) else "",
@@ -92,7 +95,11 @@ def cleaned(reply: Reply, metrics: Collection[str]) -> Reply:
 
 
 def _asked_for(values: Metrics, names: Collection[str]) -> dict[str, float | None]:
-    return {name: value for name, value in values.items() if name in names}
+    return {name: _finite(value) for name, value in values.items() if name in names}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _opened(group: Tensors, shapes: Shapes, kind: Kind) -> tuple[Tensors, str | None]:

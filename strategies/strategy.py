@@ -87,6 +87,7 @@ def take_mean(
 class Strategy:
     """How updates become the next model, and what that asks of local training.
 
+    average: what becomes of running statistics and other buffers, which take part in nothing else.
     fewest: updates a round that `combine` can do with; a study's min_sites is at least that.
     compares: whether an update may be left out for its length among the others' (admission). Not
         under [site_privacy]: one hospital's length would then decide about another's update.
@@ -94,6 +95,7 @@ class Strategy:
 
     combine: Combine = weighted_mean
     server_step: ServerStep = take_mean
+    average: Combine = weighted_mean
     local: Local = Local()
     fewest: int = 1
     compares: bool = True

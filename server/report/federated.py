@@ -26,7 +26,7 @@ from medfl.common.signing import canonical, is_signed, public_of, sign
 from medfl.common.study import Study
 from medfl.server import runs, studies
 from medfl.server.federation import Federation
-from medfl.server.records import bytes_per_round
+from medfl.server.records import bytes_per_round, finite
 from medfl.server.report.write import write_report
 from medfl.server.runs import Run
 
@@ -193,8 +193,8 @@ def _absent(federation: Federation, run: Run) -> dict[str, str]:
 def _keep_facts(
     folder: Path, study: Study, plain: dict[str, Any], rounds: Sequence[RoundRecord]
 ) -> None:
-    lines = [canonical({**asdict(r), "run": "main"}) + b"\n" for r in rounds]
-    text = json.dumps(plain, indent=2, allow_nan=False)
+    lines = [canonical(finite({**asdict(r), "run": "main"})) + b"\n" for r in rounds]
+    text = json.dumps(finite(plain), indent=2, allow_nan=False)
     tensors.write_atomic(folder / "study.json", study_text.to_text(study).encode())
     tensors.write_atomic(folder / "rounds.jsonl", b"".join(lines))
     tensors.write_atomic(folder / "result.json", text.encode())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from medfl.common.metrics import scores as score_files
@@ -122,11 +123,13 @@ def _task_figures(run: Run) -> list[Figure]:
         if len(ours) > MANY or all(len(s) < words.SMALL for s in ours.values()):
             text = "Dice over the test cases of all hospitals."
         return _present([(segmentation.dice_figure(task, ours), text, True)])
-    everything = {"Federated model": score_files.concatenate(list(ours.values()))}
+    everything = {"Federated model": _answered(list(ours.values()))}
     for name in run.baselines:
         if name != "local" and (theirs := load_scores(run, name)):
-            everything[words.way(name)] = score_files.concatenate(list(theirs.values()))
+            everything[words.way(name)] = _answered(list(theirs.values()))
     joined = everything["Federated model"]
+    if not len(joined):
+        return []
     return _present([
         (classification.roc_figure(task, everything), "ROC over all test cases. Dotted: chance.",
          False),
@@ -137,6 +140,17 @@ def _task_figures(run: Run) -> list[Figure]:
         (classification.separation_figure(task, joined), "How far the model tells the two apart: "
          "the chance it stated, by the truth.", False),
     ])  # fmt: skip
+
+
+def _answered(parts: Sequence[Scores]) -> Scores:
+    """The cases of all hospitals for which the model gave finite chances; others have no place."""
+    joined = score_files.concatenate(parts)
+    kept = np.flatnonzero(np.isfinite(joined.columns["probability"]).all(axis=1))
+    return Scores(
+        keys=tuple(joined.keys[i] for i in kept),
+        patients=tuple(joined.patients[i] for i in kept),
+        columns={name: column[kept] for name, column in joined.columns.items()},
+    )
 
 
 def _present(parts: Iterable[tuple[Markup | None, str, bool]]) -> list[Figure]:

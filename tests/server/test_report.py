@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,6 +21,7 @@ from medfl.common.metrics import (
     concatenate,
     default_metrics,
     intervals,
+    load,
     mean_over_sites,
     score_classification,
     summarise,
@@ -473,3 +474,20 @@ def test_a_damaged_result_is_refused_with_the_file_named(tmp_path: Path, content
     (tmp_path / "result.json").write_text(content)
     with pytest.raises(StorageError, match=r"result\.json"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["classification", "segmentation"])
+@pytest.mark.parametrize("hospitals", ["hospital-01", "hospital-*"])
+def test_a_model_that_came_to_nothing_costs_no_report(
+    tmp_path: Path, kind: str, hospitals: str
+) -> None:
+    """It gives nan for a chance or a Dice, for some hospitals' cases or for all of them."""
+    made = KINDS[kind]
+    make_run(tmp_path, replace(made, n_test=12))
+    for file in tmp_path.glob(f"sites/{hospitals}/scores.npz"):
+        scores = load(file)
+        name = "probability" if kind == "classification" else "dice/anterior"
+        scores.columns[name][:] = np.nan
+        scores.save(file)
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "nan" not in page.text.lower().split()

@@ -392,6 +392,31 @@ def test_a_bad_update_costs_its_site_the_round_and_nobody_else(
     assert parameters(outcome.weights) == pytest.approx(x, rel=1e-5)
 
 
+@pytest.mark.parametrize("told", [float("nan"), float("inf"), -float("inf")])
+def test_a_metric_or_loss_that_is_not_finite_counts_as_not_told(
+    risk_study: MakeStudy, risk_hospital: MakeHospital, tmp_path: Path, told: float
+) -> None:
+    def spoil(asked: Instruction, reply: Reply) -> Reply:
+        if reply.site != "b" or asked.kind == "prepare":
+            return reply
+        metrics = {part: {**m, "accuracy": told} for part, m in reply.metrics.items()}
+        return replace(reply, metrics=metrics, loss=told)
+
+    federation = {"rounds": 2, "keep": "best", "best_metric": "accuracy"}
+    study = risk_study(federation=federation, evaluation={"metrics": ["accuracy"]})
+    parts = ["train", "train", "validation", "test"]
+    here = [
+        risk_hospital(study, tmp_path, [-1, 1, 2, 1], [0, 1, 1, 1], parts, name=n) for n in "ab"
+    ]
+    outcome = run_study(study, Here(here, spoil), seed=1)
+    for record in outcome.records:
+        own = {site["name"]: site for site in record.sites}
+        assert own["b"]["metrics"]["accuracy"] is None
+        assert own["b"]["loss"] is None
+        assert record.metrics["accuracy"] == own["a"]["metrics"]["accuracy"] is not None
+    assert [r.metrics["test"]["accuracy"] for r in outcome.final if r.site == "b"] == [None]
+
+
 def test_a_void_round_changes_nothing_and_names_who_was_missing(
     risk_study: MakeStudy, sites: Callable[..., Here]
 ) -> None:
