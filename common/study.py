@@ -35,7 +35,8 @@ class Task:
     classes: names in the order of the model's outputs. Segmentation: background first, mask value
         k is class k. Two classes of a classification or a risk: the second is the positive one.
     label_map: values found in the hospitals' files -> class name, where they differ; a mask's
-        numbers ("128") or colours ("#ff0000") as the file stores them.
+        numbers ("128") or colours ("#ff0000") as the file stores them; a structure's label or code
+        ("SCT:10200004"), or "*" for every structure that is not named otherwise.
     multi_label: a case may have any number of the classes (classification only); the label
         column then lists class names separated by `|`, or there is one 0/1 column a class.
     """

@@ -40,6 +40,13 @@ REASONS: dict[str, str] = {
     "study means. Name it in the table's mask column.",
     "mask_geometry": "The mask does not lie on the image's grid (other size, place or voxel "
     "size). Export the mask in the image's own geometry.",
+    "mask_frame": "Mask and image have different frames of reference, so that their places cannot "
+    "be compared. Export the mask for this very image, or register it first.",
+    "segment_unknown": "A structure of the mask has a label and a code that are none of the "
+    "study's classes; its number says nothing. Add label or code (such as `SCT:10200004`) to "
+    '`label_map`; a line `"*" = "background"` says that all other structures are background.',
+    "segment_ambiguous": "Label and code of a structure stand for two classes of the study. "
+    "Correct the mask, or the lines of `label_map`.",
     "mask_values": "The mask holds values or colours that are none of the study's classes. Ask the "
     "coordinator to add them to `label_map` of the study (a colour as `#ff0000`), or export the "
     "mask again.",

@@ -12,7 +12,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from medfl.client.readers import nifti, sandbox
 from medfl.client.readers.dicom_geometry import Place, along_normal
 from medfl.client.readers.dicom_values import filled
 from medfl.client.readers.rows import confined, read_rows
+from medfl.client.readers.structures import names_of
 from medfl.common.errors import CaseError
 from medfl.common.source import DataSource
 from medfl.common.study import Study
@@ -70,7 +71,7 @@ def find(source: DataSource, study: Study) -> Found:
     images_found, again, copies = _without_copies(images_found, dimensions)
     cases = [_case(group, dimensions) for group in _groups(images_found, dimensions)]
     cases, unlisted = _with_table(cases, source, [q.case_id for q in faulty], copies)
-    cases, unmasked = _with_masks(cases, source, segmentations)
+    cases, unmasked = _with_masks(cases, source, segmentations, images_found)
     return Found(tuple(cases), (*faulty, *again, *unlisted, *unmasked))
 
 
@@ -175,6 +176,7 @@ def _case(group: Sequence[Item], dimensions: int) -> CaseRef:
         "series_uid": header["series"],
         "instance_uid": header["instance"] if single else "",
         "accession": header["accession"],
+        "frame_of_reference": header["frame_of_reference"],
         "header_patient": header["patient"],
         "mosaic": "yes" if header["mosaic"] else "",
     }
@@ -232,12 +234,15 @@ def _names(ref: CaseRef, places: Sequence[Path]) -> list[str]:
 
 
 def _with_masks(
-    cases: Sequence[CaseRef], source: DataSource, segmentations: Sequence[Item]
+    cases: Sequence[CaseRef],
+    source: DataSource,
+    segmentations: Sequence[Item],
+    images_found: Sequence[Item],
 ) -> tuple[list[CaseRef], list[Quarantined]]:
     """Give each case its mask: the table's, else the SEG of its series, else a file of its name."""
     by_series: dict[str, list[Path]] = defaultdict(list)
     for item in segmentations:
-        for series in item.header["referenced"]:
+        for series in item.header["referenced"] or _series_of(item, images_found):
             by_series[series].append(item.path)
     kept: list[CaseRef] = []
     aside: list[Quarantined] = []
@@ -247,6 +252,22 @@ def _with_masks(
         except CaseError as error:
             aside.append(Quarantined(ref.case_id, error.reason, error.detail))
     return kept, aside
+
+
+def _series_of(segmentation: Item, images_found: Sequence[Item]) -> list[str]:
+    """The series of a SEG that names none: of the images that it names, else the one series of
+    its study in its frame of reference. Where there are several, nothing says which is meant."""
+    header = segmentation.header
+    if header["images"]:
+        named = set(header["images"])
+        return sorted({i.header["series"] for i in images_found if i.header["instance"] in named})
+    place = (header["study"], header["frame_of_reference"])
+    found = {
+        i.header["series"]
+        for i in images_found
+        if all(place) and (i.header["study"], i.header["frame_of_reference"]) == place
+    }
+    return sorted(found) if len(found) == 1 else []
 
 
 def _mask(ref: CaseRef, source: DataSource, by_series: dict[str, list[Path]]) -> tuple[Path, ...]:
@@ -289,14 +310,12 @@ def load_mask(ref: CaseRef, study: Study) -> Picture:
         return nifti.load_mask(ref, study)
     if file.name.lower().endswith(images.SUFFIXES):
         return images.load_mask(ref, study)
-    names = {name: number for number, name in enumerate(study.task.classes)}
-    mapped = {label: names[name] for label, name in (study.task.label_map or {}).items()}
     request = {
         "command": "segmentation",
         "mask": str(file),
         "files": [str(p) for p in ref.files],
         "dimensions": study.image.dimensions if study.image else 3,
-        "labels": names | mapped,
+        "names": asdict(names_of(study.task)),
     }
     # The child has looked the segments up: what it gives are the study's class numbers.
     return replace(_picture(sandbox.ask(request, _FILE_S + len(ref.files))), classed=True)

@@ -98,14 +98,17 @@ def on_grid(
     """Put single layers (n, rows, columns) on a volume's grid (columns, rows, slices), by place.
 
     Layers may be stored the other way round (flipped, or down instead of up); they must meet the
-    grid's voxels, for nothing is interpolated. Layers of one place must not overlap.
+    grid's voxels, for nothing is interpolated. Layers of two classes must not overlap.
 
     Raises:
         CaseError: "mask_geometry" or "mask_overlap".
     """
     volume = np.zeros(tuple(shape), dtype=np.uint8)
     to_index = np.linalg.inv(affine)
+    met = not len(layers)
     for layer, place in zip(layers, places, strict=True):
+        if not (len(place.position) == 3 and len(place.orientation) == 6 and place.spacing):
+            raise CaseError("mask_geometry", "the segmentation does not say where it lies")
         step = np.cross(place.orientation[:3], place.orientation[3:])
         turn = (to_index @ plane_affine(place, step))[:, [0, 1, 3]]
         index = _whole(turn, layer.shape)
@@ -113,10 +116,21 @@ def on_grid(
         at = index @ np.stack([columns, rows, np.ones_like(rows)])
         if at.size and (at.min() < 0 or (at.max(axis=1) >= np.array(shape)).any()):
             raise CaseError("mask_geometry", "the segmentation lies outside the image")
-        if volume[at[0], at[1], at[2]].any():
+        met = met or _meets(index, layer.shape, shape)
+        before, drawn = volume[at[0], at[1], at[2]], layer[rows, columns]
+        if ((before > 0) & (before != drawn)).any():
             raise CaseError("mask_overlap")
-        volume[at[0], at[1], at[2]] = layer[rows, columns]
+        volume[at[0], at[1], at[2]] = drawn
+    if not met:
+        # Not even its empty layers say anything about this image.
+        raise CaseError("mask_geometry", "the segmentation covers another place than the image")
     return volume
+
+
+def _meets(index: NDArray[np.int64], layer: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a layer and a volume have a voxel in common."""
+    ends = index @ np.array([[0, layer[1] - 1], [0, layer[0] - 1], [1, 1]])
+    return bool((ends.max(axis=1) >= 0).all() and (ends.min(axis=1) < np.array(shape)).all())
 
 
 def _whole(turn: Vector, shape: Sequence[int]) -> NDArray[np.int64]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medfl.client.readers.dicom_geometry import Place, on_grid, plane_affine, stack
+from medfl.client.readers.dicom_geometry import Place, stack
 from medfl.client.readers.dicom_values import background, frames, functional
 from medfl.common.errors import CaseError
 
@@ -35,6 +35,7 @@ def image_header(dataset: Any, kind: str) -> dict[str, Any]:
         "series": str(dataset.get("SeriesInstanceUID", "")),
         "instance": str(dataset.SOPInstanceUID),
         "accession": str(dataset.get("AccessionNumber", "")),
+        "frame_of_reference": str(dataset.get("FrameOfReferenceUID", "")),
         "frames": frames,
         "mosaic": "MOSAIC" in (dataset.get("ImageType") or ()),
         "size": [int(dataset.Columns), int(dataset.Rows)],
@@ -53,24 +54,16 @@ def check_burned_in(dataset: Any, modality: str, kind: str) -> None:
         raise CaseError("burned_in_unknown", modality)
 
 
-def segmentation_header(dataset: Any) -> dict[str, Any]:
-    """Which series a DICOM SEG speaks of."""
-    series = [str(s.SeriesInstanceUID) for s in dataset.get("ReferencedSeriesSequence", ())]
-    return {
-        "kind": "segmentation",
-        "instance": str(dataset.SOPInstanceUID),
-        "referenced": series,
-    }
-
-
 def frame_places(dataset: Any) -> list[Place]:
     """The place of every frame; empty tuples where the file does not say."""
     enhanced = "PerFrameFunctionalGroupsSequence" in dataset
     count = len(dataset.PerFrameFunctionalGroupsSequence) if enhanced else 1
-    return [_place(dataset, frame) for frame in range(count)]
+    return [place_of(dataset, frame) for frame in range(count)]
 
 
-def _place(dataset: Any, frame: int) -> Place:
+def place_of(dataset: Any, frame: int) -> Place:
+    """The place of one frame; empty tuples where the file does not say."""
+
     def numbers(sequence: str, keyword: str) -> tuple[float, ...]:
         return tuple(float(v) for v in functional(dataset, frame, sequence, keyword) or ())
 
@@ -122,73 +115,3 @@ def plane(datasets: Sequence[Any]) -> Answer:
         "background": background(datasets[0]),
     }
     return plain, np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
-def mask(segments: Any, datasets: Sequence[Any], request: dict[str, Any]) -> Answer:
-    """A DICOM SEG on the grid of its image: (X, Y, Z), or (rows, columns) in 2-D.
-
-    request["labels"]: segment label -> class number; segments of other names keep their number.
-
-    Raises:
-        CaseError: "mask_geometry", "mask_overlap" or "no_orientation".
-    """
-    layers = _layers(segments, request["labels"])
-    if request["dimensions"] == 2:
-        return _flat_mask(layers, segments, datasets[0])
-    image_places = [place for dataset in datasets for place in frame_places(dataset)]
-    grid = stack(image_places)
-    shape = (int(datasets[0].Columns), int(datasets[0].Rows), len(image_places))
-    places = [_place(segments, i) for i in range(len(layers))]
-    array = on_grid(layers, places, grid.affine, shape)
-    return {"affine": grid.affine.tolist(), "spacing_mm": grid.spacing_mm}, array
-
-
-def _layers(segments: Any, labels: dict[str, int]) -> NDArray[np.uint8]:
-    """(frames, rows, columns) of class numbers (PS3.3 C.8.20)."""
-    pixels = segments.pixel_array
-    pixels = pixels[np.newaxis] if pixels.ndim == 2 else pixels
-    classes = np.arange(256, dtype=np.uint8)
-    for segment in segments.SegmentSequence:
-        number, label = int(segment.SegmentNumber), str(segment.get("SegmentLabel", ""))
-        if not 0 < number < 256:
-            raise CaseError("mask_values", f"segment number {number}")
-        classes[number] = labels.get(label, number)
-    kind = str(segments.SegmentationType)
-    if kind == "LABELMAP":
-        return np.asarray(classes[pixels.astype(np.uint8)])
-    top = int(segments.MaximumFractionalValue) if kind == "FRACTIONAL" else 1
-    inside = pixels.astype(np.int32) * 2 >= top if kind == "FRACTIONAL" else pixels > 0
-    sequence, keyword = "SegmentIdentificationSequence", "ReferencedSegmentNumber"
-    numbers = [int(functional(segments, i, sequence, keyword)) for i in range(len(pixels))]
-    return np.asarray(inside.astype(np.uint8) * classes[numbers][:, np.newaxis, np.newaxis])
-
-
-def _flat_mask(layers: NDArray[np.uint8], segments: Any, dataset: Any) -> Answer:
-    shape = (int(dataset.Rows), int(dataset.Columns))
-    if layers.shape[1:] != shape:
-        raise CaseError("mask_geometry", f"{layers.shape[1:]} for an image of {shape}")
-    place = frame_places(dataset)[0]
-    chosen = layers
-    if place.position and place.orientation:
-        step = np.cross(place.orientation[:3], place.orientation[3:])
-        affine = plane_affine(place, step)
-        same = [_same_plane(segments, i, place) for i in range(len(layers))]
-        volume_mask = on_grid(
-            layers[same],
-            [_place(segments, i) for i, here in enumerate(same) if here],
-            affine,
-            (shape[1], shape[0], 1),
-        )
-        return {"affine": None, "spacing_mm": place.spacing or None}, np.ascontiguousarray(
-            volume_mask[:, :, 0].T
-        )
-    if ((chosen > 0).sum(axis=0) > 1).any():
-        raise CaseError("mask_overlap")
-    return {"affine": None, "spacing_mm": place.spacing or None}, chosen.max(axis=0)
-
-
-def _same_plane(segments: Any, frame: int, place: Place) -> bool:
-    """Within a tenth of a millimetre of the image's plane."""
-    position = np.array(_place(segments, frame).position) - np.array(place.position)
-    normal = np.cross(place.orientation[:3], place.orientation[3:])
-    return abs(float(position @ normal)) < 0.1

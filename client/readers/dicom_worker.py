@@ -17,7 +17,7 @@ from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
 
-from medfl.client.readers import dicom_pixels
+from medfl.client.readers import dicom_pixels, dicom_segments
 from medfl.client.readers.dicom_safety import check_depth, check_pixels, check_start
 from medfl.client.readers.sandbox import encode, read_request
 from medfl.common.errors import CaseError
@@ -96,7 +96,7 @@ def _header(path: Path) -> dict[str, Any]:
         if not _is_image(dataset):
             raise CaseError("not_an_image", UID(kind).name)
         if kind in _SEGMENTATIONS:
-            return dicom_pixels.segmentation_header(dataset)
+            return dicom_segments.segmentation_header(dataset)
         return dicom_pixels.image_header(dataset, kind)
     except _PARSE as error:
         raise CaseError("unreadable", f"{type(error).__name__}: {error}"[:200]) from None
@@ -119,10 +119,10 @@ def image(request: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.float32]]
 
 
 def segmentation(request: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.uint8]]:
-    """{"mask", "files", "dimensions", "labels"} -> class numbers on the image's grid."""
+    """{"mask", "files", "dimensions", "names"} -> class numbers on the image's grid."""
     mask = open_checked(Path(request["mask"]))
     datasets = [open_checked(Path(name)) for name in request["files"]]
-    return _decoding(lambda: dicom_pixels.mask(mask, datasets, request))
+    return _decoding(lambda: dicom_segments.mask(mask, datasets, request))
 
 
 def deidentify(request: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.uint8]]:

@@ -435,7 +435,10 @@ def test_a_seg_on_another_grid_is_refused(
         with pytest.raises(CaseError, match="mask_geometry"):
             on_grid(layer, [other], affine, (2, 2, 3))
     with pytest.raises(CaseError, match="mask_overlap"):
-        on_grid(np.concatenate([layer, layer]), [place, place], affine, (2, 2, 3))
+        on_grid(np.concatenate([layer, 2 * layer]), [place, place], affine, (2, 2, 3))
+    # Empty layers that cover another place do not say that nothing is here.
+    with pytest.raises(CaseError, match="another place"):
+        on_grid(0 * layer, [outside], affine, (2, 2, 3))
 
 
 @pytest.mark.slow
