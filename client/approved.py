@@ -13,6 +13,7 @@ from medfl.client.consent import Refusal, allowed
 from medfl.client.data.lineage import Used, lineage_path, record_round
 from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
+from medfl.client.reading import Watch
 from medfl.client.secure_site import Identity
 from medfl.common.errors import PolicyRefused
 from medfl.common.messages import Envelope, Instruction
@@ -33,36 +34,52 @@ class InContext(Protocol):
     run_config: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A study's hospital, with the site.toml and the state of the data that it was made from."""
+
+    study: str
+    site: Site
+    hospital: Hospital
+    data: Watch
+
+
 @dataclass(slots=True)
 class Approved:
     """Finds the hospital that may answer for a study, and seals what it answers.
 
-    Between messages it keeps the cohort of the last study, which is read once.
+    Between messages it keeps the cohort of the last study, which is read once and again when the
+    data have changed. site.toml is read at every message: what it says now holds, or nothing runs.
     """
 
     home: Home
     site_file: Path
     name: str
-    _last: tuple[str, Hospital] | None = field(default=None)
+    _last: Found | None = field(default=None)
 
     def __call__(self, context: InContext) -> Hospital:
         """The hospital, if the study is approved now.
 
         Raises:
-            PolicyRefused: it is not, or the cases are others than those that were approved, or the
-                privacy ledger was put back.
+            PolicyRefused: it is not, or the cases or site.toml are others than those that were
+                approved, or the privacy ledger was put back.
+            ConfigError: site.toml cannot be read as it is now.
             StorageError: what is done could not be written down.
         """
         refuse_full(self.home.folder)
         digest = str(context.run_config["study"])
-        self._refuse(digest, None)
-        hospital = self._kept(digest)
+        self._refuse(digest, None, None)
+        refuse_writable(self.site_file)
+        site = load_site(self.site_file)
+        self._refuse(digest, None, site)
+        hospital = self._kept(digest, site)
         if hospital is None:
-            refuse_writable(self.site_file)
-            site, study = load_site(self.site_file), consent.by_digest(self.home, digest)
-            hospital = self._hospital(site, study)
-            self._refuse(digest, hospital.cohort.digest)
-            self._last = digest, hospital
+            self._last = None
+            # Looked at before they are read: what changes meanwhile is noticed at the next message.
+            data = Watch(site, (self.home.folder,))
+            hospital = self._hospital(site, consent.by_digest(self.home, digest))
+            self._refuse(digest, hospital.cohort.digest, site)
+            self._last = Found(digest, site, hospital, data)
         witness.refuse_other_ledger(self.home, hospital.ledger)
         return hospital
 
@@ -92,7 +109,7 @@ class Approved:
         if asked.kind == "round" and envelope.arrays.get("delta"):
             self._note_lineage(asked)
         if self._last is not None:
-            witness.know_ledger(self.home, self._last[1].ledger)
+            witness.know_ledger(self.home, self._last.hospital.ledger)
         bare = Seal(
             study=asked.study_digest,
             run=asked.run,
@@ -118,22 +135,25 @@ class Approved:
     def _note_lineage(self, asked: Instruction) -> None:
         if self._last is None:
             raise PolicyRefused("There is an update and no cohort that it could have come from.")
-        cohort, decision = self._last[1].cohort, self.home.decision(asked.study_digest)
+        cohort, decision = self._last.hospital.cohort, self.home.decision(asked.study_digest)
         # As the approval names it: the coordinator's plan goes by that.
         named = decision.cohort if decision and decision.cohort else cohort.digest
         used = Used(asked.study_digest, asked.run, named, asked.round, asked.model)
-        record_round(lineage_path(load_site(self.site_file)), cohort, used)
+        record_round(lineage_path(self._last.site), cohort, used)
 
-    def _kept(self, digest: str) -> Hospital | None:
-        """The hospital of the last message, if it is for this study and the cases approved now."""
-        if self._last is None or self._last[0] != digest:
+    def _kept(self, digest: str, site: Site) -> Hospital | None:
+        """The hospital of the last message, if it is for this study, under the same site.toml and
+        for the cases approved now, and the data have not changed."""
+        last = self._last
+        if last is None or last.study != digest or last.site != site:
             return None
-        hospital = self._last[1]
-        answer = allowed(self.home, digest, hospital.cohort.digest)
-        return None if isinstance(answer, Refusal) else hospital
+        answer = allowed(self.home, digest, last.hospital.cohort.digest, site)
+        if isinstance(answer, Refusal) or last.data.has_changed():
+            return None
+        return last.hospital
 
-    def _refuse(self, digest: str, cohort: str | None) -> None:
-        answer = allowed(self.home, digest, cohort)
+    def _refuse(self, digest: str, cohort: str | None, site: Site | None) -> None:
+        answer = allowed(self.home, digest, cohort, site)
         if isinstance(answer, Refusal):
             raise PolicyRefused(f"Nothing is run for this study: {answer.why}.")
 

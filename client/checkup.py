@@ -187,7 +187,7 @@ def _data(home: Home, site: Site, offered: list[Published], n_jobs: int | None) 
                 result.exit_code or DataError.exit_code,
             )
         else:
-            yield _fitting(home, topic, published, result)
+            yield _fitting(home, site, published, result)
     if not offered:
         yield Item(
             "data",
@@ -197,12 +197,13 @@ def _data(home: Home, site: Site, offered: list[Published], n_jobs: int | None) 
         )
 
 
-def _fitting(home: Home, topic: str, published: Published, result: CheckResult) -> Item:
+def _fitting(home: Home, site: Site, published: Published, result: CheckResult) -> Item:
     """Data that serve; what this hospital has decided about the study, and for which cases."""
+    topic = f"data for {published.name}"
     left_out = sum(part.cases for part in result.left_out if part.faulty)
     said = f"they serve; {'some' if left_out else 'no'} faulty cases are left out"
-    verdict = consent.verdict(home, published.digest)
-    decided = consent.allowed(home, published.digest, result.digest)
+    verdict = consent.verdict(home, published.digest, site)
+    decided = consent.allowed(home, published.digest, result.digest, site)
     known = home.decision(published.digest)
     if not isinstance(decided, Refusal):
         return Item(topic, "green", f"{said}; {verdict}")
@@ -214,6 +215,9 @@ def _fitting(home: Home, topic: str, published: Published, result: CheckResult) 
             f"{said}; approved for other cases than there are now",
             f"Look at what has changed, then: medfl-client approve {published.name}",
         )
+    if known is not None and known.verdict == "approved":
+        todo = f"Read it again, then: medfl-client approve {published.name}"
+        return Item(topic, "warning", f"{said}; {verdict}", todo)
     return Item(topic, "green", f"{said}; {verdict}", f"Next: medfl-client show {published.name}")
 
 

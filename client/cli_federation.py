@@ -21,6 +21,7 @@ from medfl.common.errors import (
 
 if TYPE_CHECKING:
     from medfl.client.premises import Home
+    from medfl.client.reading import Reading
     from medfl.common.site import Site
     from medfl.common.study import Study
 
@@ -84,7 +85,7 @@ def enrol(
     _show(plain, lines, as_json)
 
 
-def studies(state: State = HOME, as_json: AsJson = False) -> None:
+def studies(state: State = HOME, site: SiteFile = SITE, as_json: AsJson = False) -> None:
     """List the studies that the coordinator offers, and where this hospital stands.
 
     Example: medfl-client studies
@@ -92,10 +93,11 @@ def studies(state: State = HOME, as_json: AsJson = False) -> None:
     from medfl.client import consent, enrolment
 
     home = _home(state)
+    own = _site(site) if site.exists() else None
     with enrolment.line_to(home) as line:
         found = consent.fetch(home, line)
     plain = [
-        {"name": p.name, "digest": p.digest, "verdict": consent.verdict(home, p.digest)}
+        {"name": p.name, "digest": p.digest, "verdict": consent.verdict(home, p.digest, own)}
         for p in found
     ]
     lines = [f"{p['name']:20} {p['digest'][:12]}  {p['verdict']}" for p in plain]
@@ -120,11 +122,12 @@ def show(
     published, found = consent.find(home, study)
     own = _site(site) if site.exists() else None
     told = words.describe(found, published, home.enrolment(), own)
-    told += ["", f"This hospital: {consent.verdict(home, found.digest)}."]
+    verdict = consent.verdict(home, found.digest, own)
+    told += ["", f"This hospital: {verdict}."]
     told.append(f"Next: medfl-client approve {found.name}")
     plain = {
         "digest": found.digest,
-        "verdict": consent.verdict(home, found.digest),
+        "verdict": verdict,
         "words": told,
         "study": json.loads(published.study),
     }
@@ -158,26 +161,26 @@ def approve(
     published, found = consent.find(home, study)
     if not yes and not sys.stdin.isatty():
         raise ConfigError("There is nobody to ask: read `medfl-client show`, then say --yes")
-    cohort, cases, blind = _checked(own, found)
+    reading = _checked(home, own, found)
     consent.summed_with(home, found, among or (), own.policy.min_sum_sites)
     if not yes:
         typer.echo("\n".join(words.describe(found, published, home.enrolment(), own)), err=as_json)
         typer.echo("", err=as_json)
-        question = f"Sign {found.name} for {cases} training cases and {days:g} days?"
+        question = f"Sign {found.name} for {reading.cases} training cases and {days:g} days?"
         typer.confirm(question, abort=True, err=as_json)
     book = Book.at(book_file(home, found.digest), found, own.policy.runs_per_approval)
     anew = book.used_up(consent.number(home, found.digest))
-    decision = consent.approve(home, found, cohort, cases, days, among or (), anew, blind)
+    decision = consent.approve(home, found, reading, days, among or (), anew)
     told = _send(home, decision)
     plain = {
         "study": found.name,
         "digest": found.digest,
         "cohort": decision.cohort,
-        "cases": cases,
+        "cases": reading.cases,
         "expires": decision.expires,
         "sent": not told,
     }
-    lines = [f"{found.name}: {consent.verdict(home, found.digest)}.", *told]
+    lines = [f"{found.name}: {consent.verdict(home, found.digest, own)}.", *told]
     _show(plain, [*lines, "Next: medfl-client start"], as_json)
 
 
@@ -225,7 +228,14 @@ def start(
     typer.echo("Stopped; approvals and the log are kept.")
 
 
-def status(state: State = HOME, as_json: AsJson = False) -> None:
+def status(
+    state: State = HOME,
+    site: Annotated[
+        Path | None,
+        typer.Option("--site", envvar="MEDFL_SITE", help="Else the client's own, or site.toml."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Say who this hospital is, whether it is connected, and what it has approved.
 
     Example: medfl-client status --json
@@ -246,7 +256,8 @@ def status(state: State = HOME, as_json: AsJson = False) -> None:
     said = load_record(home.folder / "status.json", Status)
     running = _running(home)
     now = said.state if said is not None and running else "not running"
-    verdicts = {p.name: consent.verdict(home, p.digest) for p in reversed(home.published())}
+    own, unread = _site_of(site or Path(said.site_file if said and said.site_file else SITE))
+    verdicts = {p.name: consent.verdict(home, p.digest, own) for p in reversed(home.published())}
     refused = [e for e in home.audit.lines() if e["what"] == "refused"]
     key = key_fingerprint(public_of(home.signing_key()))
     plain = {
@@ -264,6 +275,7 @@ def status(state: State = HOME, as_json: AsJson = False) -> None:
         f"Fingerprint of this hospital's key, for others who ask by telephone: {key}",
         holds,
         *([] if days is None else ending(home)),
+        *unread,
         *(f"{name}: {verdict}" for name, verdict in verdicts.items()),
         *_told_refusals(refused),
         "Next: medfl-client studies" if running else "Next: medfl-client start",
@@ -366,6 +378,16 @@ def _home(state: Path) -> Home:
     return Home(state.expanduser())
 
 
+def _site_of(path: Path) -> tuple[Site | None, list[str]]:
+    """site.toml as it is now, and what to say where it cannot be read; both empty without one."""
+    if not path.exists():
+        return None, []
+    try:
+        return _site(path), []
+    except MedflError as error:
+        return None, [f"Nothing runs until {path} can be read: {error}"]
+
+
 def _site(path: Path) -> Site:
     from medfl.common.private_files import refuse_writable
     from medfl.common.site import load_site
@@ -376,16 +398,17 @@ def _site(path: Path) -> Site:
     return load_site(path)
 
 
-def _checked(site: Site, study: Study) -> tuple[str, int, bool]:
-    """Cohort digest, the training cases that others may learn of, and whether the site is private.
+def _checked(home: Home, site: Site, study: Study) -> Reading:
+    """What would be signed for: the cohort and this site.toml, as they are read now.
 
-    Under privacy these are the declared cases, and nobody learns the digest.
+    Under privacy the cases are the declared ones, and nobody learns the digest.
 
     Raises:
         DataError: the data cannot serve the study. PolicyRefused: site.toml forbids it.
     """
     from medfl.client import budget
     from medfl.client.data.check import check_with_cohort, describe
+    from medfl.client.reading import Reading, site_word
 
     result = check_with_cohort(site, study).result
     if result.exit_code != 0:
@@ -394,10 +417,11 @@ def _checked(site: Site, study: Study) -> tuple[str, int, bool]:
             raise DataError("The data cannot serve the study; nothing was signed.")
         raise PolicyRefused("site.toml forbids what the study asks; nothing was signed.")
     terms = budget.terms_of(study, site.privacy)
+    word = site_word(home.signing_key(), site)
     if terms is None:
-        return result.digest, result.cases["train"], False
+        return Reading(result.digest, result.cases["train"], word)
     budget.refuse_undeclared(terms)
-    return result.digest, terms.n_cases or 1, True
+    return Reading(result.digest, terms.n_cases or 1, word, blind=True)
 
 
 def _send(home: Home, decision: Any) -> list[str]:

@@ -7,19 +7,21 @@ can answer it.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from medfl.client.cohort_word import cohort_word, names
 from medfl.client.coordinator import Line
 from medfl.client.enrolment import pin_sites
 from medfl.client.premises import Home
+from medfl.client.reading import Reading, site_word
 from medfl.common import study_text
 from medfl.common.approvals import Decision, signed, why_not
 from medfl.common.coordination import AskStudies, Decide, Done, Published, Studies
 from medfl.common.errors import ConfigError, PolicyRefused
 from medfl.common.kept import save_record
 from medfl.common.signing import public_of
+from medfl.common.site import Site
 from medfl.common.study import Study
 
 DAY_S = 86400
@@ -33,12 +35,13 @@ class Refusal:
 
 
 def allowed(
-    home: Home, study_digest: str, cohort_digest: str | None, now: float | None = None
+    home: Home, study_digest: str, cohort_digest: str | None, site: Site | None = None
 ) -> Decision | Refusal:
     """This site's approval of exactly this study and these cases, or why there is none.
 
     cohort_digest: of the cases at hand; None before they are loaded, and then it must be asked
-        again with it before the first of them is used. now: seconds since 1970.
+        again with it before the first of them is used. site: site.toml as it is now; without it
+        nobody may train on the answer.
     """
     try:
         decision = home.decision(study_digest)
@@ -53,9 +56,19 @@ def allowed(
         home.enrolment().site,
         study_digest,
         cohort_digest,
-        home.clock() if now is None else now,
+        home.clock(),
     )
+    if not why and decision is not None and site is not None:
+        why = _other_file(decision, site_word(key, site))
     return Refusal(why or "the study is not approved here") if why or not decision else decision
+
+
+def _other_file(decision: Decision, word: str) -> str:
+    if decision.site_toml == word:
+        return ""
+    if not decision.site_toml:
+        return "the approval is of an older medfl and names no site.toml; approve again"
+    return "site.toml has changed since the approval; look at the study and approve again"
 
 
 def number(home: Home, study_digest: str) -> str:
@@ -116,49 +129,52 @@ def by_digest(home: Home, digest: str) -> Study:
 def approve(
     home: Home,
     study: Study,
-    cohort: str,
-    cases: int,
+    reading: Reading,
     days: float,
     among: Collection[str] = (),
     anew: bool = False,
-    blind: bool = False,
 ) -> Decision:
-    """Sign and keep an approval for these cases; `send` tells the coordinator.
+    """Sign and keep an approval for these cases under this site.toml; `send` tells the coordinator.
 
     An approval that says the same and lasts as long is kept as it is, but `anew`: its runs are used
     up, and a new one allows as many again.
     among: the hospitals that an update may be summed with under masks; () = all that are known.
-    blind: the hospital is private, and the cases leave as a word that tells nothing of them.
 
     Raises:
         ConfigError: no cases, a time that is none, or too few hospitals for a secure sum.
     """
-    if cases < 1 or not cohort:
+    if reading.cases < 1 or not reading.cohort:
         raise ConfigError("There are no training cases to approve; run: medfl-client check")
     if not 0 < days <= 1000:
         raise ConfigError("--days: must be above 0 and at most 1000")
     now = int(home.clock())
-    known = allowed(home, study.digest, cohort)
     expires = now + int(days * DAY_S)
     sites = summed_with(home, study, among)
-    same = isinstance(known, Decision) and (known.cases, known.sites) == (cases, sites)
-    same = same and not (blind and isinstance(known, Decision) and known.cohort == cohort)
-    if isinstance(known, Decision) and same and not anew:
+    known = allowed(home, study.digest, reading.cohort)
+    if isinstance(known, Decision) and not anew and _says_the_same(known, reading, sites):
         if abs(known.expires - expires) < DAY_S // 2:
             return known
     at = _after_the_last(home, study.digest, now)
-    named = cohort_word(home.signing_key(), study.digest, at, cohort) if blind else cohort
+    key, cohort = home.signing_key(), reading.cohort
     decision = Decision(
         verdict="approved",
         site=home.enrolment().site,
         study=study.digest,
-        cohort=named,
-        cases=cases,
+        cohort=cohort_word(key, study.digest, at, cohort) if reading.blind else cohort,
+        cases=reading.cases,
         at=at,
         expires=expires,
         sites=sites,
+        site_toml=reading.site_toml,
     )
     return _keep(home, decision)
+
+
+def _says_the_same(known: Decision, reading: Reading, sites: Mapping[str, str]) -> bool:
+    if reading.blind and known.cohort == reading.cohort:
+        return False
+    said = (known.cases, known.sites, known.site_toml)
+    return said == (reading.cases, sites, reading.site_toml)
 
 
 def summed_with(
@@ -229,11 +245,14 @@ def send_all(home: Home, line: Line) -> int:
     return sent
 
 
-def verdict(home: Home, digest: str) -> str:
-    """One phrase on where this site stands: not decided, approved until ..., withdrawn, ..."""
+def verdict(home: Home, digest: str, site: Site | None = None) -> str:
+    """One phrase on where this site stands: not decided, approved until ..., withdrawn, ...
+
+    site: site.toml as it is now; None where it is not at hand.
+    """
     if home.decision(digest) is None:
         return "not decided"
-    known = allowed(home, digest, None)
+    known = allowed(home, digest, None, site)
     if isinstance(known, Refusal):
         return known.why
     return f"approved until {time.strftime('%Y-%m-%d', time.gmtime(known.expires))}"

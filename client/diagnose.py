@@ -36,7 +36,7 @@ def bundle(home: Home, site_file: Path) -> dict[str, Any]:
         "enrolment": _tried(lambda: _enrolment(home)),
         "connection": _tried(lambda: _connection(home)),
         "site_file": _tried(lambda: _site(site_file)),
-        "studies": _tried(lambda: _studies(home)),
+        "studies": _tried(lambda: _studies(home, site_file)),
         "audit": _tried(lambda: _audit(home)),
     }
 
@@ -80,8 +80,9 @@ def _connection(home: Home) -> dict[str, Any]:
     return {"reached": True, "clocks": clocks}
 
 
-def _studies(home: Home) -> dict[str, str]:
-    return {p.digest: consent.verdict(home, p.digest) for p in home.published()}
+def _studies(home: Home, site_file: Path) -> dict[str, str]:
+    own = load_site(site_file) if site_file.exists() else None
+    return {p.digest: consent.verdict(home, p.digest, own) for p in home.published()}
 
 
 def _site(site_file: Path) -> dict[str, Any]:

@@ -24,12 +24,12 @@ from medfl.client import consent, enrolment, hatch, witness
 from medfl.client.coordinator import Line
 from medfl.client.ledger import Ledger
 from medfl.client.premises import Home
+from medfl.client.site_file import SiteFile
 from medfl.common.coordination import Bye, Done, Heard, Report
 from medfl.common.errors import FederationError, LogRolledBack, MedflError, PolicyRefused
 from medfl.common.kept import save_record
 from medfl.common.notify import tell
 from medfl.common.private_files import only_one
-from medfl.common.site import load_site
 from medfl.common.stopping import set_by_signals
 
 log = logging.getLogger(__name__)
@@ -44,12 +44,16 @@ FINDER = "medfl.client.approved:hospitals"
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What the running client last said, for `medfl-client status`. at: seconds since 1970."""
+    """What the running client last said, for `medfl-client status`.
+
+    at: seconds since 1970. site_file: path of the site.toml that it goes by.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
     at: float
     state: str
     detail: str = ""
+    site_file: str = ""
 
 
 def serve(
@@ -83,16 +87,16 @@ def serve(
             except (FederationError, PolicyRefused) as error:
                 # What is wrong with this site's own files (ConfigError, StorageError) ends it.
                 if isinstance(error, PolicyRefused) and "try again in" not in str(error):
-                    _note(home, "refused", str(error))
+                    _note(home, site_file, "refused", str(error))
                     home.record("client stopped by a refusal", why=str(error)[:500])
                     raise
                 said(f"{error} Trying again in {wait_s:.0f} s.")
-                _note(home, "not connected", str(error))
+                _note(home, site_file, "not connected", str(error))
                 stopping.wait(wait_s)
                 well = time.monotonic() - started > _LONGEST_WAIT_S
                 wait_s = _FIRST_WAIT_S if well else min(2 * wait_s, _LONGEST_WAIT_S)
         home.record("client stopped")
-        _note(home, "stopped")
+        _note(home, site_file, "stopped")
 
 
 def _connection(
@@ -107,12 +111,13 @@ def _connection(
         enrolment.greet(home, line, session, __version__)
         consent.fetch(home, line)
         consent.send_all(home, line)
-        ledger = Ledger(load_site(site_file).ledger)
+        own = SiteFile(home, site_file)
+        ledger = Ledger(own.read().ledger)
         witness.exchange(home, line, ledger)
         said(f"Connected to {line.address}. Waiting for approved studies.")
         try:
             with _working(home, site_file, line, session):
-                _report(home, line, ledger, session, said, stopping)
+                _report(line, own, ledger, session, said, stopping)
         finally:
             try:
                 line.call("Bye", Bye(session), Done)
@@ -137,18 +142,23 @@ def _working(home: Home, site_file: Path, line: Line, session: str) -> Iterator[
 
 
 def _report(
-    home: Home,
     line: Line,
+    own: SiteFile,
     ledger: Ledger,
     session: str,
     said: Callable[[str], None],
     stopping: threading.Event,
 ) -> None:
     """Say every few seconds that this site is there; show the log's head when it has grown."""
-    renewed = greeted = time.monotonic()
+    home, renewed = own.home, time.monotonic()
+    greeted = renewed
     shown, lost = home.audit.head().n, False
-    _note(home, "connected")
+    for text in own.news():
+        said(text)
+    _note(home, own.file, "connected")
     while not stopping.wait(_REPORT_S):
+        for text in own.news():
+            said(text)
         try:
             heard = line.call("Report", Report(session, "connected"), Heard)
             if lost:
@@ -162,7 +172,7 @@ def _report(
                 witness.exchange(home, line, ledger)
                 consent.fetch(home, line)
                 shown = home.audit.head().n
-            _note(home, "connected")
+            _note(home, own.file, "connected")
             if time.monotonic() - renewed > _RENEW_S:
                 renewed = time.monotonic()
                 if enrolment.renew_if_due(home, line.address):
@@ -182,9 +192,10 @@ def _report(
             if not lost:
                 said(f"{error} Training goes on when it is back.")
             lost = True
-            _note(home, "not connected", str(error))
+            _note(home, own.file, "not connected", str(error))
 
 
-def _note(home: Home, state: str, detail: str = "") -> None:
+def _note(home: Home, site_file: Path, state: str, detail: str = "") -> None:
     tell(f"STATUS={state}")
-    save_record(home.folder / "status.json", Status(home.clock(), state, detail))
+    told = Status(home.clock(), state, detail, str(site_file))
+    save_record(home.folder / "status.json", told)

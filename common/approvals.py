@@ -6,7 +6,7 @@ Both sides hold the signed word: the hospital to enforce it, the coordinator to 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
@@ -35,19 +35,25 @@ class Decision:
     at: int
     expires: int
     sites: dict[str, str] = field(default_factory=dict)
+    site_toml: str = ""
     signature: str = ""
 
 
 def signed(key: SigningKey, decision: Decision) -> Decision:
     """The same decision with its signature."""
     bare = replace(decision, signature="")
-    return replace(bare, signature=sign(key, _PURPOSE, asdict(bare)))
+    return replace(bare, signature=sign(key, _PURPOSE, _signed_part(bare)))
 
 
 def is_by(public: str, decision: Decision) -> bool:
     """Whether the owner of `public` (hex) signed it."""
     bare = replace(decision, signature="")
-    return is_signed(public, _PURPOSE, asdict(bare), decision.signature)
+    return is_signed(public, _PURPOSE, _signed_part(bare), decision.signature)
+
+
+def _signed_part(bare: Decision) -> dict[str, Any]:
+    """An approval that names no site.toml has the signature that it had before there was one."""
+    return {k: v for k, v in asdict(bare).items() if k != "site_toml" or v}
 
 
 def why_not(

@@ -241,7 +241,7 @@ def _assembled(
         targets=_targets(candidates, stored, study),
         records=tuple(c.record for c in candidates if c.record is not None),
         quarantined=quarantined,
-        digest=_digest(candidates, study),
+        digest=_digest(candidates, cases, study),
     )
     return cohort, faults
 
@@ -272,16 +272,21 @@ def _targets(candidates: Sequence[Candidate], stored: store.Stored, study: Study
     return np.array([c.target for c in candidates], dtype=dtype)
 
 
-def _digest(candidates: Sequence[Candidate], study: Study) -> str:
-    """SHA-256 over keys, contents, labels and preprocessing: what a hospital approves."""
+def _digest(candidates: Sequence[Candidate], cases: Sequence[Case], study: Study) -> str:
+    """SHA-256 over keys, patients, contents, labels, given parts and preprocessing: what a
+    hospital approves."""
     plain = {
         "version": store.FORMAT_VERSION,
         "task": asdict(study.task),
         "image": asdict(study.image) if study.image else None,
         "record": asdict(study.record) if study.record else None,
         "cases": [
-            [c.key, c.content, None if c.target is None else np.asarray(c.target).tolist()]
-            for c in candidates
+            [c.key, made.patient, made.split, c.content, _label(c.target)]
+            for c, made in zip(candidates, cases, strict=True)
         ],
     }
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _label(target: Any) -> Any:
+    return None if target is None else np.asarray(target).tolist()

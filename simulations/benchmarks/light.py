@@ -36,6 +36,7 @@ from medfl.client import consent, enrolment
 from medfl.client.approved import Approved, hospitals
 from medfl.client.hospital import answer
 from medfl.client.premises import Home
+from medfl.client.reading import Reading, site_word
 from medfl.client.tunnel import Forwarder
 from medfl.common.errors import FederationError
 from medfl.common.flower_records import to_record
@@ -87,9 +88,11 @@ class LightHospital:
             from medfl.client.data.own import own_cohort
             from medfl.common.site import load_site
 
-            cohort = own_cohort(load_site(self._finder.site_file), study)
-            cases = len(cohort.positions("train"))
-            consent.approve(self._home, study, cohort.digest, cases, 30)
+            site = load_site(self._finder.site_file)
+            cohort = own_cohort(site, study)
+            word = site_word(self._home.signing_key(), site)
+            reading = Reading(cohort.digest, len(cohort.positions("train")), word)
+            consent.approve(self._home, study, reading, 30)
             consent.send_all(self._home, line)
 
     def serve(self, connected: Callable[[], None]) -> None:

@@ -26,9 +26,12 @@ from medfl.client.data.own import own_cohort
 from medfl.client.flower import client_app
 from medfl.client.hospital import answer
 from medfl.client.premises import Enrolment, Home
+from medfl.client.reading import Reading, site_word
+from medfl.client.site_file import SiteFile
 from medfl.common import config, heads, study_text, tensors
+from medfl.common.approvals import is_by, signed
 from medfl.common.audit import Head
-from medfl.common.errors import PolicyRefused, StorageError
+from medfl.common.errors import ConfigError, PolicyRefused, StorageError
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.kept import save_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
@@ -65,8 +68,9 @@ class World:
     def approve(self) -> None:
         site = load_site(self.finder.site_file)
         cohort = own_cohort(site, self.study)
-        n = len(cohort.positions("train"))
-        consent.approve(self.finder.home, self.study, cohort.digest, n, 30)
+        word = site_word(self.finder.home.signing_key(), site)
+        reading = Reading(cohort.digest, len(cohort.positions("train")), word)
+        consent.approve(self.finder.home, self.study, reading, 30)
 
     def find(self, digest: str = "") -> Any:
         return self.finder(Context({"study": digest or self.study.digest}))
@@ -99,6 +103,98 @@ def test_an_approved_study_finds_its_hospital_under_the_enrolled_name(world: Wor
     assert hospital.ledger_folder == load_site(world.finder.site_file).ledger
     assert not hospital.simulated
     assert world.find() is hospital
+
+
+def test_a_site_toml_that_is_changed_stops_the_work_until_it_is_approved_again(
+    world: World,
+) -> None:
+    """A client that had started before [privacy] was added trained 15 rounds without noise."""
+    world.approve()
+    assert world.find().privacy is None
+    file = world.finder.site_file
+    before = file.read_text()
+    file.write_text(before + "[privacy]\nepsilon = 1.0\ndeclared_patients = 20\n")
+    refused = asked_over_flower(world, prepare(world))
+    assert refused.refusal == "not allowed by the hospital's policy"
+    (line,) = [x["about"] for x in world.finder.home.audit.lines() if x["what"] == "refused"]
+    assert "site.toml has changed since the approval" in line["why"]
+    world.approve()
+    assert world.find().privacy.epsilon == 1.0
+    file.write_text(before)  # and taking it away is a change as well
+    with pytest.raises(PolicyRefused, match=r"site\.toml has changed"):
+        world.find()
+
+
+def test_a_site_toml_that_only_computes_elsewhere_is_taken_up_without_a_new_approval(
+    world: World,
+) -> None:
+    world.approve()
+    first = world.find()
+    file = world.finder.site_file
+    file.write_text('device = "cpu"\n' + file.read_text())
+    assert world.find() is not first
+    file.write_text(file.read_text() + "[nonsense\n")
+    with pytest.raises(ConfigError):
+        world.find()
+
+
+def test_data_that_change_while_the_client_runs_stop_the_work(world: World) -> None:
+    """The old table went on being trained on; its digest was what had been approved."""
+    world.approve()
+    world.find()
+    text = world.table.read_text()
+    world.table.write_text(text.replace("p0,0.0", "p0,7.0"))
+    with pytest.raises(PolicyRefused, match="the data have changed since the approval"):
+        world.find()
+    world.table.write_text(text)
+    assert len(world.find().cohort.cases) == 30
+
+
+def test_a_patient_who_withdraws_while_the_client_runs_is_in_no_later_round(world: World) -> None:
+    world.approve()
+    world.find()
+    file = str(world.finder.site_file)
+    said = CliRunner().invoke(app, ["exclude", file, "p3"])
+    assert said.exit_code == 0, said.output
+    with pytest.raises(PolicyRefused, match="the data have changed since the approval"):
+        world.find()
+    world.approve()
+    assert len(world.find().cohort.cases) == 29
+
+
+def test_an_approval_from_before_site_toml_was_named_runs_nothing_and_says_so(
+    world: World,
+) -> None:
+    world.approve()
+    home = world.finder.home
+    made = home.decision(world.study.digest)
+    assert made is not None
+    assert len(made.site_toml) == 64
+    old = signed(home.signing_key(), replace(made, site_toml=""))
+    assert is_by(public_of(home.signing_key()), old)
+    save_record(home.decision_file(world.study.digest), old)
+    with pytest.raises(PolicyRefused, match=r"names no site\.toml"):
+        world.find()
+
+
+def test_the_running_client_says_that_site_toml_has_changed_and_what_that_stops(
+    world: World,
+) -> None:
+    world.approve()
+    own = SiteFile(world.finder.home, world.finder.site_file)
+    assert own.news() == []
+    own.file.write_text(own.file.read_text() + "[policy]\nmin_cases = 3\n")
+    (said,) = own.news()
+    assert "has changed. Nothing runs for tiny until it is approved again" in said
+    assert "medfl-client approve tiny" in said
+    assert own.news() == []
+    assert "is another than was approved" in SiteFile(own.home, own.file).news()[0]
+    world.approve()
+    assert SiteFile(own.home, own.file).news() == []
+    own.file.write_text('device = "cpu"\n' + own.file.read_text())
+    assert "it holds from the next question on" in own.news()[0]
+    own.file.write_text("name =")
+    assert "Nothing runs until" in own.news()[0]
 
 
 def test_a_hospital_signs_as_enrolled_and_knows_the_keys_that_are_pinned_and_approved(
@@ -162,8 +258,8 @@ def test_data_that_changed_since_the_approval_are_not_trained_on(world: World) -
 def test_cases_that_were_approved_anew_are_read_anew(world: World) -> None:
     world.approve()
     before = world.find()
-    world.table.write_text(world.table.read_text() + "\np99,1.0,yes")
     assert world.find() is before
+    world.table.write_text(world.table.read_text() + "\np99,1.0,yes")
     world.approve()
     after = world.find()
     assert len(after.cohort.cases) == len(before.cohort.cases) + 1
@@ -412,7 +508,8 @@ def test_an_approval_allows_a_stated_number_of_runs_and_a_new_one_as_many(world:
     before = home.decision(world.study.digest)
     assert before is not None
     n = len(hospital.cohort.positions("train"))
-    made = consent.approve(home, world.study, hospital.cohort.digest, n, 30, anew=True)
+    reading = Reading(hospital.cohort.digest, n, before.site_toml)
+    made = consent.approve(home, world.study, reading, 30, anew=True)
     assert made.at > before.at
     assert not asked_over_flower(world, prepare(world, "c")).refusal
 

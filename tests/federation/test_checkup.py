@@ -18,6 +18,7 @@ from medfl.client.cli import main
 from medfl.client.data.check import check
 from medfl.client.machine import Item
 from medfl.client.premises import Home
+from medfl.client.reading import Reading, site_word
 from medfl.common import config
 from medfl.common.errors import FederationError
 from medfl.common.kept import save_record
@@ -138,8 +139,9 @@ def test_an_approval_for_cases_that_have_changed_is_pointed_at(world: World) -> 
     study = config.parse(STUDY, Study, "study")
     studies.publish(world.federation, study)
     world.items()
-    found = check(load_site(world.site_file), study)
-    consent.approve(world.home, study, found.digest, found.cases["train"], 30)
+    site = load_site(world.site_file)
+    found, word = check(site, study), site_word(world.home.signing_key(), site)
+    consent.approve(world.home, study, Reading(found.digest, found.cases["train"], word), 30)
     item = world.items()["data for falls"]
     assert item.state == "green"
     assert "approved until" in item.said

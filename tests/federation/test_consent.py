@@ -12,6 +12,7 @@ import pytest
 from medfl.client import consent, words
 from medfl.client.consent import Refusal, allowed
 from medfl.client.premises import Enrolment, Home
+from medfl.client.reading import Reading
 from medfl.common import config, study_text
 from medfl.common.approvals import Decision, is_by, signed
 from medfl.common.coordination import AskStudies, Decide, Done, Published, Studies
@@ -102,7 +103,7 @@ def why(world: World, digest: str, cohort: str | None = COHORT) -> str:
 
 
 def approve(world: World, known: Study, days: float = 30) -> Decision:
-    return consent.approve(world.home, known, COHORT, 12, days)
+    return consent.approve(world.home, known, Reading(COHORT, 12), days)
 
 
 def test_a_study_travels_without_changing_its_digest(root: Path) -> None:
@@ -215,7 +216,7 @@ def test_approving_again_changes_nothing_unless_the_cases_did(world: World, know
     first = approve(world, known)
     world.clock.now += 60
     assert approve(world, known) == first
-    assert consent.approve(world.home, known, OTHER, 12, 30) != first
+    assert consent.approve(world.home, known, Reading(OTHER, 12), 30) != first
     assert consent.withdraw(world.home, known.digest) == consent.withdraw(world.home, known.digest)
 
 
@@ -224,9 +225,9 @@ def test_a_private_hospitals_approval_names_its_cases_by_a_word_that_tells_nothi
 ) -> None:
     def signed_for(cohort: str) -> Decision:
         world.clock.now += DAY
-        return consent.approve(world.home, known, cohort, 12, 30, blind=True)
+        return consent.approve(world.home, known, Reading(cohort, 12, blind=True), 30)
 
-    plain = consent.approve(world.home, known, COHORT, 12, 30)
+    plain = consent.approve(world.home, known, Reading(COHORT, 12), 30)
     assert plain.cohort == COHORT
     first, other, first_again = signed_for(COHORT), signed_for(OTHER), signed_for(COHORT)
     words = {d.cohort for d in (first, other, first_again)}
@@ -236,7 +237,7 @@ def test_a_private_hospitals_approval_names_its_cases_by_a_word_that_tells_nothi
     assert isinstance(allowed(world.home, known.digest, COHORT), Decision)
     assert why(world, known.digest, OTHER) == "the data have changed since the approval"
     world.clock.now += 60
-    assert consent.approve(world.home, known, COHORT, 12, 30, blind=True) == first_again
+    assert consent.approve(world.home, known, Reading(COHORT, 12, blind=True), 30) == first_again
     # Neither the audit log, whose head the coordinator signs, nor the coordinator has the digest.
     private = [line for line in world.home.audit.lines() if line["what"] == "approved"][1:]
     assert not {COHORT, OTHER} & {line["about"]["cohort"] for line in private}
@@ -404,10 +405,10 @@ def test_an_approval_of_a_secure_sum_names_the_hospitals_that_were_known_then(
     consent.fetch(world.home, line)
     found = consent.find(world.home, published.digest[:8])[1]
     with pytest.raises(ConfigError, match="would name 0 beside this one"):
-        consent.approve(world.home, found, COHORT, 12, 30)
+        consent.approve(world.home, found, Reading(COHORT, 12), 30)
     keys = {name: enrolled(world, name).signing_key for name in ("b", "c")}
     consent.fetch(world.home, line)
-    decision = consent.approve(world.home, found, COHORT, 12, 30)
+    decision = consent.approve(world.home, found, Reading(COHORT, 12), 30)
     assert decision.sites == keys
     told = "\n".join(words.describe(found, published, world.home.enrolment(), None))
     assert all(f"{name}: {key_fingerprint(key)}" in told for name, key in keys.items())
@@ -418,10 +419,10 @@ def test_an_approval_of_a_secure_sum_names_the_hospitals_that_were_known_then(
     assert kept is not None
     assert "ghost" not in kept.sites
     world.clock.now += 1
-    only = consent.approve(world.home, found, COHORT, 12, 30, ["b"])
+    only = consent.approve(world.home, found, Reading(COHORT, 12), 30, ["b"])
     assert only.sites == {"b": keys["b"]}
     with pytest.raises(ConfigError, match="no key of nobody"):
-        consent.approve(world.home, found, COHORT, 12, 30, ["nobody"])
+        consent.approve(world.home, found, Reading(COHORT, 12), 30, ["nobody"])
     with pytest.raises(ConfigError, match="A sum needs 3 hospitals here"):
         consent.summed_with(world.home, found, ["b"], fewest=3)
     # The names are under the signature.
