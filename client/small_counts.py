@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from medfl.client.data.cases import Cohort
-from medfl.common.records import level
+from medfl.common.codes import level
 from medfl.common.statistics import LocalStatistics, Moments
 from medfl.common.study import Study
 

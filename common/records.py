@@ -8,31 +8,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from medfl.common.errors import CaseError
+from medfl.common.codes import level, number
 from medfl.common.statistics import Moments, Shared
 from medfl.common.study import Feature, RecordInput
 
 Record = Mapping[str, str | None]
 
 
-def number(text: str) -> float:
-    """A finite number from a table's text. Raises CaseError("not_a_number")."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise CaseError("not_a_number", "a number is expected") from None
-    if not np.isfinite(value):
-        raise CaseError("not_a_number", "a finite number is expected")
-    return value
-
-
-def level(text: str) -> str:
-    """A category's value in one spelling: "3.0" and "3" are the same level."""
-    try:
-        value = float(text)
-    except ValueError:
-        return text.strip()
-    return str(int(value)) if value.is_integer() else str(value)
+def plausible(feature: Feature, value: float) -> bool:
+    """Whether a number lies in the study's range of it."""
+    return feature.range is None or feature.range[0] <= value <= feature.range[1]
 
 
 def levels_of(feature: Feature, shared: Shared) -> tuple[str, ...]:
@@ -60,7 +45,8 @@ def moments(record: RecordInput, rows: Sequence[Record]) -> dict[str, Moments]:
     found = {}
     for feature in record.features:
         if feature.kind == "number":
-            values = [number(t) for row in rows if (t := row[feature.name]) is not None]
+            texts = [t for row in rows if (t := row[feature.name]) is not None]
+            values = [n for n in map(number, texts) if plausible(feature, n)]
             array = np.array(values, dtype=np.float64)
             found[feature.name] = Moments(
                 float(array.size), float(array.sum()), float(np.square(array).sum())
@@ -83,8 +69,9 @@ def encode(record: RecordInput, rows: Sequence[Record], shared: Shared) -> NDArr
     """Records as (N, F) float32, in the order of `columns`, scaled as the study says.
 
     Means and standard deviations come from `shared` ("site" scaling: the caller puts the site's
-    own there). Missing values become 0 after scaling, the middle of the feature. So does a
-    category's value that is in no hospital's training part: nothing was learned about it.
+    own there). Missing values become 0 after scaling, the middle of the feature, and so do numbers
+    beyond the study's range: none is moved to the range's end. So does a category's value that is
+    in no hospital's training part: nothing was learned about it.
 
     Raises:
         CaseError: a number that is none.
@@ -95,6 +82,8 @@ def encode(record: RecordInput, rows: Sequence[Record], shared: Shared) -> NDArr
         if feature.kind == "category":
             known = levels_of(feature, shared)
             texts = [v if t is not None and (v := level(t)) in known else None for t in texts]
+        else:
+            texts = [t if t is not None and plausible(feature, number(t)) else None for t in texts]
         missing = np.array([t is None for t in texts], dtype=bool)
         if feature.kind == "number":
             block = _scaled_number(record, feature, texts, shared)[:, None]
@@ -113,9 +102,9 @@ def _scaled_number(
     values = np.array([0.0 if t is None else number(t) for t in texts], dtype=np.float64)
     if record.scale in ("federated", "site"):
         return (values - shared.means[feature.name]) / shared.sds[feature.name]
-    if record.scale == "range" and feature.range is not None:
-        low, high = feature.range
-        return np.clip(2 * (values - low) / (high - low) - 1, -1, 1)
+    if record.scale == "range" and feature.ends is not None:
+        low, high = feature.ends
+        return 2 * (values - low) / (high - low) - 1
     return values
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from medfl.common import config
+from medfl.common.codes import level
 from medfl.common.source import DataSource
 from medfl.common.written import (
     Count,
@@ -77,14 +78,23 @@ class ImageInput:
 class Feature:
     """One field of a record.
 
-    range: plausible values of a number, [low, high]; for scale = "range".
-    levels: values of a category; omitted, the prepare exchange collects them from all hospitals.
+    unit: of a number, as the hospitals are to give it, such as "mg/dl"; shown by their checks.
+    range: plausible values of a number, [low, high]. What lies beyond counts as missing.
+    scale_range: the numbers that scale = "range" turns into -1 and 1; omitted, those of `range`.
+    levels: codes of a category; omitted, the prepare exchange collects them from all hospitals.
     """
 
     name: str
     kind: Literal["number", "category"] = "number"
+    unit: str | None = None
     range: tuple[Finite, Finite] | None = None
+    scale_range: tuple[Finite, Finite] | None = None
     levels: list[str] | None = None
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """The numbers that become -1 and 1 under scale = "range"."""
+        return self.scale_range or self.range
 
 
 @written
@@ -92,11 +102,11 @@ class RecordInput:
     """How every hospital turns its records into the same numbers.
 
     scale: federated = mean and sd over all hospitals' training records, from sums in the prepare
-        exchange; site = each hospital's own; range = the study's ranges become -1..1 (beyond them
-        clipped) and 0/1 columns -1/2 and 1/2, which costs no privacy because nobody's data is read
-        for it; none = as they are.
+        exchange; site = each hospital's own; range = the study's ranges become -1..1 and
+        0/1 columns -1/2 and 1/2, which costs no privacy because nobody's data is read for it;
+        none = as they are.
     missing: drop = leave the record out; mean = fill with the scaled middle (0); indicator = fill
-        and add a 0/1 column that says so.
+        and add a 0/1 column that says so. A number beyond its feature's range is missing, too.
     """
 
     features: list[Feature]
@@ -460,13 +470,27 @@ def _input_faults(study: Study) -> list[str]:
         if len(set(names)) != len(names):
             faults.append("record.features: names a feature twice; remove one")
         for number, feature in enumerate(study.record.features):
-            if feature.range is not None and feature.range[0] >= feature.range[1]:
-                faults.append(f"record.features.{number}.range: low must be below high")
-            if study.record.scale == "range" and feature.kind == "number" and not feature.range:
-                faults.append(
-                    f'record.features.{number}.range: is missing; scale = "range" needs '
-                    f"[low, high] for {feature.name}"
-                )
+            faults += _feature_faults(number, feature, study.record)
+    return faults
+
+
+def _feature_faults(number: int, feature: Feature, record: RecordInput) -> list[str]:
+    faults: list[str] = []
+    if feature.range is not None and feature.range[0] >= feature.range[1]:
+        faults.append(f"record.features.{number}.range: low must be below high")
+    if feature.scale_range is not None and feature.scale_range[0] >= feature.scale_range[1]:
+        faults.append(f"record.features.{number}.scale_range: low must be below high")
+    if record.scale == "range" and feature.kind == "number" and feature.ends is None:
+        faults.append(
+            f'record.features.{number}.range: is missing; scale = "range" needs [low, high] for '
+            f"{feature.name}"
+        )
+    codes = [level(code) for code in feature.levels or ()]
+    if len(set(codes)) != len(codes):
+        faults.append(
+            f'record.features.{number}.levels: names a level twice ("1.0" is the same code as '
+            '"1"); remove one'
+        )
     return faults
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from medfl.client.data.cases import CaseRef, Found, Quarantined, Split
 from medfl.client.data.fingerprints import Fingerprints
-from medfl.client.data.labels import class_target, record_of
+from medfl.client.data.labels import beyond_range, class_target, record_of
 from medfl.client.data.splits import split_name
 from medfl.common.errors import CaseError
 from medfl.common.source import DataSource
@@ -72,7 +72,8 @@ def _candidate(
     if study.record is not None:
         record = record_of(ref, source, study.record.features)
         if study.record.missing == "drop" and None in record.values():
-            raise CaseError("incomplete_record")
+            beyond = beyond_range(ref, source, study.record.features)
+            raise CaseError("implausible" if beyond else "incomplete_record", "; ".join(beyond))
         content = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     target = None if segmentation else class_target(ref, source, study)
     given = None

@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfl.client.data.cases import CaseRef
+from medfl.common.codes import folded, level, number
 from medfl.common.errors import CaseError
+from medfl.common.records import plausible
 from medfl.common.source import DataSource, Format
 from medfl.common.study import Feature, Study, Task
 
@@ -16,31 +18,33 @@ from medfl.common.study import Feature, Study, Task
 INDEX_FORMATS: tuple[Format, ...] = ("medmnist", "hdf5")
 
 
-def canonical(text: str) -> str:
-    """A text without outer blanks; numbers in one spelling, so that "1", "1.0" and "1e0" agree."""
-    text = text.strip()
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return str(int(number)) if number.is_integer() else repr(number)
-
-
 def class_index(text: str, task: Task, *, numbers: bool) -> int:
     """The class that a text stands for: by label_map, by name, or (`numbers`) by its number.
+
+    Texts are compared as they are written; only where nothing agrees is "1.0" the code "1".
 
     Raises:
         CaseError: "label_unknown".
     """
-    value = canonical(text)
-    mapped = {canonical(k): v for k, v in (task.label_map or {}).items()}
-    name = mapped.get(value, value)
-    names = [canonical(c) for c in task.classes]
-    if canonical(name) in names:
-        return names.index(canonical(name))
-    if numbers and value.isdecimal() and int(value) < len(names):
+    names = [name.strip() for name in task.classes]
+    known = {name: index for index, name in enumerate(names)}
+    known |= {code.strip(): names.index(c.strip()) for code, c in (task.label_map or {}).items()}
+    value = text.strip()
+    found = known.get(value, only_level(value, known))
+    if found is not None:
+        return found
+    value = level(value)
+    if numbers and value.isascii() and value.isdecimal() and int(value) < len(names):
         return int(value)
-    raise CaseError("label_unknown", f"the label {text!r}")
+    alike = [code for code in known if folded(code) == folded(text)]
+    hint = f"; the study has {', '.join(map(repr, alike))}" if alike else ""
+    raise CaseError("label_unknown", f"the label {text!r}{hint}")
+
+
+def only_level(text: str, known: Mapping[str, int]) -> int | None:
+    """The value of the codes that agree with `text` but for ".0"; None where they disagree."""
+    found = {value for code, value in known.items() if level(code) == level(text)}
+    return found.pop() if len(found) == 1 else None
 
 
 def class_target(ref: CaseRef, source: DataSource, study: Study) -> int | NDArray[np.float32]:
@@ -69,9 +73,9 @@ def _multi_hot(ref: CaseRef, source: DataSource, task: Task, numbers: bool) -> N
             text = ref.fields[column].strip()
             if text in source.missing:
                 raise CaseError("label_missing", f"the column {column}")
-            if canonical(text) not in ("0", "1"):
+            if level(text) not in ("0", "1"):
                 raise CaseError("label_unknown", f"the column {column} is neither 0 nor 1")
-            target[position] = float(canonical(text))
+            target[position] = float(level(text))
         return target
     text = ref.fields.get("label", "").strip()
     if text in source.missing:
@@ -84,7 +88,8 @@ def _multi_hot(ref: CaseRef, source: DataSource, task: Task, numbers: bool) -> N
 def record_of(
     ref: CaseRef, source: DataSource, features: list[Feature]
 ) -> Mapping[str, str | None]:
-    """The features' texts of one record; None = missing; categories in canonical spelling.
+    """The features' texts of one record; None = missing or beyond the study's range; codes as
+    `level` spells them.
 
     Raises:
         CaseError: "feature_absent", "feature_not_a_number" or "feature_level".
@@ -101,19 +106,19 @@ def record_of(
     return record
 
 
-def _feature_text(text: str, feature: Feature) -> str:
+def _feature_text(text: str, feature: Feature) -> str | None:
     if feature.kind == "number":
         try:
-            number = float(text)
-        except ValueError:
+            value = number(text)
+        except CaseError:
             raise CaseError("feature_not_a_number", f"{feature.name} is {text!r}") from None
-        if not np.isfinite(number):
-            raise CaseError("feature_not_a_number", f"{feature.name} is {text!r}")
-        return text
-    level = canonical(text)
-    if feature.levels is not None and level not in {canonical(v) for v in feature.levels}:
-        raise CaseError("feature_level", f"{feature.name} is {text!r}")
-    return level
+        return text if plausible(feature, value) else None
+    known = {code.strip(): place for place, code in enumerate(feature.levels or ())}
+    if feature.levels is not None and known.get(text, only_level(text, known)) is None:
+        alike = [code for code in known if folded(code) == folded(text)]
+        hint = f"; the study has {', '.join(map(repr, alike))}" if alike else ""
+        raise CaseError("feature_level", f"{feature.name} is {text!r}{hint}")
+    return level(text)
 
 
 def missing_and_odd(
@@ -124,12 +129,23 @@ def missing_and_odd(
     for feature in features:
         texts = [_text_of(ref, source, feature) for ref in refs]
         there = [text for text in texts if text is not None and text not in source.missing]
-        odd = 0
-        if feature.range is not None:
-            low, high = feature.range
-            odd = sum(not low <= n <= high for n in map(_number, there) if n is not None)
+        numbers = [n for n in map(number_or_none, there) if n is not None]
+        odd = sum(not plausible(feature, n) for n in numbers) if feature.kind == "number" else 0
         found[feature.name] = len(texts) - len(there), odd
     return found
+
+
+def beyond_range(ref: CaseRef, source: DataSource, features: Sequence[Feature]) -> list[str]:
+    """`field is value` of each number of a record that the study's range does not hold."""
+    return [
+        f"{feature.name} is {text}"
+        for feature in features
+        if feature.kind == "number"
+        and (text := _text_of(ref, source, feature))
+        and text not in source.missing
+        and (value := number_or_none(text)) is not None
+        and not plausible(feature, value)
+    ]
 
 
 def _text_of(ref: CaseRef, source: DataSource, feature: Feature) -> str | None:
@@ -137,8 +153,9 @@ def _text_of(ref: CaseRef, source: DataSource, feature: Feature) -> str | None:
     return None if text is None else text.strip()
 
 
-def _number(text: str) -> float | None:
+def number_or_none(text: str) -> float | None:
+    """A text's number; None where it is none."""
     try:
-        return float(text)
-    except ValueError:
+        return number(text)
+    except CaseError:
         return None

@@ -62,6 +62,9 @@ REASONS: dict[str, str] = {
     "table, or ask the coordinator to add the level.",
     "incomplete_record": "A field of the record is missing, and this study uses complete records "
     "only. Nothing is wrong with the record.",
+    "implausible": "A number lies beyond the range that the study gives for it: another unit, or a "
+    "number that stands for a missing value. Correct the table, or add the number to `missing` of "
+    "site.toml if it means that the value is unknown.",
     "duplicate": "The same image is there twice; one copy is used. If there are many, find out how "
     "they came there: copies of one patient under two names would spoil the test.",
     "duplicate_id": "Two lines or files carry the same case name. The first is used. Give each "

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medfl.common.codes import folded, level, number
 from medfl.common.errors import CaseError
-from medfl.common.records import columns, encode, level, level_counts, moments, number
+from medfl.common.records import columns, encode, level_counts, moments
 from medfl.common.statistics import LocalStatistics, Moments, Shared, merge
 from medfl.common.study import Feature, RecordInput, load_study
 
@@ -26,10 +27,27 @@ def test_a_category_becomes_one_column_a_level_without_the_first() -> None:
     assert encode(record, rows, Shared()).tolist() == [[0, 0], [1, 0], [0, 1]]
 
 
-def test_a_range_becomes_minus_one_to_one_and_beyond_is_cut() -> None:
-    record = RecordInput(features=[AGE], scale="range")
+def test_a_range_becomes_minus_one_to_one_and_beyond_is_missing_not_the_end() -> None:
+    # 100 and -5 of 20..60 were 1 and -1, the oldest and the youngest; missing is the middle, 0.
+    record = RecordInput(features=[AGE], scale="range", missing="indicator")
     rows = [{"age": t} for t in ("20", "40", "60", "100", "-5", "50")]
-    assert encode(record, rows, Shared())[:, 0].tolist() == [-1, 0, 1, 1, -1, 0.5]
+    encoded = encode(record, rows, Shared())
+    assert encoded.tolist() == [[-1, 0], [0, 0], [1, 0], [0, 1], [0, 1], [0.5, 0]]
+
+
+def test_the_ends_of_the_scale_may_lie_within_the_plausible_range() -> None:
+    # 20..60 become -1..1; 80 is plausible and lies at 2; 121 is not.
+    age = Feature(name="age", range=(0.0, 120.0), scale_range=(20.0, 60.0))
+    record = RecordInput(features=[age], scale="range", missing="mean")
+    rows = [{"age": t} for t in ("20", "60", "80", "121")]
+    assert encode(record, rows, Shared())[:, 0].tolist() == [-1, 1, 2, 0]
+
+
+def test_numbers_beyond_the_range_are_in_no_sum() -> None:
+    # 30 + 50 over two; 999 would have made the mean 359.7.
+    rows = [{"age": t} for t in ("30", "50", "999")]
+    sums = moments(RecordInput(features=[AGE], scale="federated"), rows)
+    assert sums["age"] == Moments(2, 80, 3400)
 
 
 def test_under_range_a_category_becomes_half_and_minus_half() -> None:
@@ -90,21 +108,35 @@ def test_no_records_make_no_rows_of_the_right_width() -> None:
     assert encode(record, [], Shared()).shape == (0, 3)
 
 
-@pytest.mark.parametrize("text", ["", "x", "nan", "inf", "-inf"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "nan", "inf", "-inf", "1_2", "3,5", "\u0663", "0x10", "1e999"]
+)
 def test_what_is_no_finite_number_is_refused(text: str) -> None:
     with pytest.raises(CaseError):
         number(text)
 
 
-def test_levels_have_one_spelling() -> None:
-    assert [level(t) for t in ("3", "3.0", " 3 ", "2.5", "a ", "-0")] == [
-        "3",
-        "3",
-        "3",
-        "2.5",
-        "a",
-        "0",
-    ]
+def test_a_code_is_compared_as_it_is_written() -> None:
+    # As float both codes of eighteen digits are 123456789012345680, and 1E50 an integer.
+    codes = ("123456789012345678", "123456789012345679", "007", "7", "1E50", "2.5", "-0")
+    assert [level(code) for code in codes] == list(codes)
+
+
+def test_a_spreadsheets_point_zero_is_no_part_of_a_code() -> None:
+    assert [level(t) for t in ("3", "3.0", " 3 ", "0.00", "a ")] == ["3", "3", "3", "0", "a"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("0012", "12"), ("P-007", "p-7"), ("M\u00fcller", "Mu\u0308ller"), ("a  b", "ab")],
+)
+def test_what_only_looks_alike_is_told_and_not_joined(one: str, other: str) -> None:
+    assert folded(one) == folded(other)
+    assert level(one) != level(other)
+
+
+def test_what_differs_does_not_look_alike() -> None:
+    assert len({folded(t) for t in ("10", "1", "100", "1.10", "1.1", "0")}) == 6
 
 
 def test_heart_disease_has_the_thirteen_columns_of_flamby(root: Path) -> None:

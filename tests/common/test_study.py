@@ -220,6 +220,17 @@ CONTRADICTIONS: list[tuple[Over, str]] = [
         "record.features.0.range: low must be below high",
     ),
     (
+        {"image": None, "record": {"features": [{"name": "age", "scale_range": [9, 5]}]}},
+        "record.features.0.scale_range: low must be below high",
+    ),
+    (
+        {
+            "image": None,
+            "record": {"features": [{"name": "x", "kind": "category", "levels": ["1", "1.0"]}]},
+        },
+        "record.features.0.levels: names a level twice",
+    ),
+    (
         {"image": None, "record": {"scale": "range", "features": [{"name": "age"}]}},
         'record.features.0.range: is missing; scale = "range" needs [low, high] for age',
     ),

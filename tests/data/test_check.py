@@ -183,11 +183,12 @@ def test_records_are_counted_by_field(tmp_path: Path, capsys: pytest.CaptureFixt
         'name = "r"\n[task]\nkind = "risk"\nclasses = ["no", "yes"]\n'
         '[record]\n[[record.features]]\nname = "age"\nrange = [0, 120]\n'
         '[model]\nname = "logistic"\n[training]\nlocal_steps = 1\n[federation]\nrounds = 1\n'
+        "[quality]\nmax_quarantined = 0.5\n"
     )
     assert main(command(tmp_path, "--json")) == 0
     plain = json.loads(capsys.readouterr().out)
     assert plain["features"] == [{"name": "age", "missing": 1, "implausible": 1}]
-    assert plain["left_out"][0]["reason"] == "incomplete_record"
+    assert [i["reason"] for i in plain["left_out"]] == ["implausible", "incomplete_record"]
 
 
 def test_one_class_only_is_allowed_and_said(
