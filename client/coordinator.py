@@ -25,6 +25,10 @@ MAX_SKEW_S = 300.0
 T = TypeVar("T")
 
 
+class HungUp(FederationError):
+    """Something answered at the address, and closed the line before a word was said."""
+
+
 @dataclass(frozen=True, slots=True)
 class Line:
     """An open channel to the coordinator at `address`; also what the tunnel is built on."""
@@ -109,10 +113,17 @@ def translated(error: grpc.RpcError, address: str) -> MedflError:
             f"The coordinator at {address} cannot be reached: its machine answers, and no server "
             "listens at that port. Check the port, or ask whether medfl-server runs."
         )
+    if "Socket closed" in text or "onnection reset" in text:
+        return HungUp(
+            f"The coordinator at {address} cannot be reached: what answers hangs up before a word "
+            "is said. Its server has just ended, or does not know this certificate or token, or "
+            "something between cuts the line. Ask whether this site is enrolled there, and whether "
+            "medfl-server runs."
+        )
     return FederationError(
         f"The coordinator at {address} cannot be reached ({reason}). Check the address, the "
         "firewall (one outbound TCP connection) and the proxy settings; or its server is not "
-        "running, or has never heard of this certificate or token."
+        "running."
     )
 
 

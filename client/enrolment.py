@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from medfl.client.coordinator import Line, connected, skew_warning
+from medfl.client.coordinator import HungUp, Line, connected, skew_warning
 from medfl.client.hatch import is_hatch, line_through
 from medfl.client.premises import Enrolment, Home
 from medfl.common import certificates, invitation
@@ -227,8 +227,16 @@ def _ask(home: Home, address: str, token: Token, key: TlsKey, signing: SigningKe
         proof=sign(signing, PROOF, {"request": request, "site": token.site}),
     )
     guest_key, guest = invitation.guest_certificate(token, home.clock())
-    with connected(address, invitation.authority_of(token), guest_key, guest) as line:
-        return line.call("Enrol", asked, Enrolled)
+    try:
+        with connected(address, invitation.authority_of(token), guest_key, guest) as line:
+            return line.call("Enrol", asked, Enrolled)
+    except HungUp:
+        # A token that serves no more does not get past the handshake.
+        raise PolicyRefused(
+            f"The coordinator at {address} does not take this token: it was used, has expired or "
+            "was cancelled. Ask the coordinator for a new one. If this one is new, compare the "
+            "clocks, and the address with the one in the invitation."
+        ) from None
 
 
 def _checked(answer: Enrolled, token: Token, authority: Certificate, key: TlsKey) -> Certificate:

@@ -29,8 +29,8 @@ AUTHORITY_DAYS = 3650
 PROOF = "enrolment"
 # A renewed site may have missed the answer; the certificate it asked with serves that long.
 _GRACE_S = DAY_S
-# A used or expired token is remembered that long, so that its holder is told why it is refused.
-_REMEMBER_S = 7 * DAY_S
+# A used token opens the door that much longer, because the answer may have been lost on its way.
+_LOST_ANSWER_S = 900.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +107,12 @@ def invite(federation: Federation, site: str, hours: float, *, again: bool = Fal
             )
         _, authority = federation.authority()
         token = invitation.new_token(site, authority)
+        anchor = invitation.anchor(token, now, hours * 3600 + _LOST_ANSWER_S)
         made = Invitation(
             identity=invitation.identity_of(token),
             site=site,
             expires=now + hours * 3600,
-            anchor=certificates.pem_of(invitation.anchor(token, now, hours * 3600 + _REMEMBER_S)),
+            anchor=certificates.pem_of(anchor),
         )
         federation.record("invited", site=site, invitation=made.identity, hours=hours)
         for old in federation.invitations():
@@ -122,9 +123,13 @@ def invite(federation: Federation, site: str, hours: float, *, again: bool = Fal
 
 
 def anchors(federation: Federation) -> list[Invitation]:
-    """Invitations whose holders may still knock."""
-    horizon = federation.clock() - _REMEMBER_S
-    return [i for i in federation.invitations() if i.expires > horizon]
+    """Invitations whose holders may still knock: others do not get past the handshake."""
+    now = federation.clock()
+    return [i for i in federation.invitations() if not i.cancelled and now < _closes(i)]
+
+
+def _closes(known: Invitation) -> float:
+    return known.used + _LOST_ANSWER_S if known.request else known.expires
 
 
 def identify(federation: Federation, peer_pem: bytes) -> SiteRecord | Guest:
@@ -143,7 +148,10 @@ def identify(federation: Federation, peer_pem: bytes) -> SiteRecord | Guest:
             anchor = certificates.load_certificate(known.anchor.encode(), "invitation")
             if known.identity == identity and certificates.was_issued_by(shown, anchor):
                 return Guest(known)
-        raise PolicyRefused("This token is not known here, or too old to be remembered.")
+        raise PolicyRefused(
+            "This token is not known here: it was used, has expired or was cancelled. Ask the "
+            "coordinator for a new one."
+        )
     return _site_of(federation, shown)
 
 
@@ -187,7 +195,9 @@ def enrol(federation: Federation, guest: Guest, asked: Enrol, days: float) -> En
             raise PolicyRefused("The request is not signed by the signing key that it brings.")
         request = certificates.public_digest(public)
         if known.request and known.request != request:
-            federation.record("token replayed", site=known.site, invitation=known.identity)
+            if not known.replayed:  # one line, however often
+                federation.record("token replayed", site=known.site, invitation=known.identity)
+                _save_invitation(federation, replace(known, replayed=True))
             raise PolicyRefused("This token has been used. Ask the coordinator for a new one.")
         if not known.request:
             known = _admit(federation, known, asked, days)
@@ -204,7 +214,7 @@ def _fresh(federation: Federation, guest: Guest) -> Invitation:
     known = load_record(_invitation_file(federation, guest.invitation.identity), Invitation)
     if known is None or known.cancelled:
         raise PolicyRefused("This token was cancelled; a newer one was made.")
-    if federation.clock() >= known.expires:
+    if federation.clock() >= _closes(known):
         raise PolicyRefused("This token has expired. Ask the coordinator for a new one.")
     return known
 
@@ -232,6 +242,7 @@ def _admit(federation: Federation, known: Invitation, asked: Enrol, days: float)
         known,
         request=certificates.public_digest(public),
         certificate=certificates.pem_of(made),
+        used=federation.clock(),
     )
     _save_invitation(federation, spent)
     return spent

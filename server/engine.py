@@ -31,6 +31,7 @@ from medfl.server.rounds import Earlier, Outcome, RoundRecord, run_study
 
 if TYPE_CHECKING:
     from medfl.server.admit import Door
+    from medfl.server.bounds import Doorman
     from medfl.server.checkpoint import Checkpoint
     from medfl.server.register import Roster
     from medfl.server.sessions import Sessions
@@ -109,17 +110,23 @@ class Engine:
             connection.close()
 
     def handlers(
-        self, site_of: Callable[[grpc.ServicerContext], str], sessions: Sessions | None = None
+        self,
+        site_of: Callable[[grpc.ServicerContext], str],
+        sessions: Sessions | None = None,
+        doorman: Doorman | None = None,
     ) -> grpc.GenericRpcHandler:
         """The tunnel for hospitals, to be added to the gateway's gRPC server.
 
-        sessions: the gateway's, so that both know one live client a site.
+        sessions, doorman: the gateway's, so that both know one live client a site, and one thread
+        ends calls of which nothing comes.
         """
         from medfl.server.tunnel import Gate, fleet_handlers
 
         if self._gate is None:
             self._gate = Gate(self.address, self._key, self.roster, sessions, self._shelf)
-        return fleet_handlers(self._gate, site_of)
+        if doorman is None:
+            return fleet_handlers(self._gate, site_of)
+        return fleet_handlers(self._gate, site_of, doorman.within)
 
     def run(
         self,

@@ -55,7 +55,8 @@ class Invitation:
     """One token, of which only the public half is kept.
 
     anchor: PEM; what the guest's certificate must be signed by. request: digest of the public key
-    that used the token, "" while nobody has. certificate: the PEM that it was given.
+    that used the token, "" while nobody has. certificate: the PEM that it was given. used: when.
+    replayed: another key has tried it since.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -66,6 +67,8 @@ class Invitation:
     request: str = ""
     certificate: str = ""
     cancelled: bool = False
+    used: float = 0.0
+    replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -40,6 +40,13 @@ from medfl.common.errors import ConfigError, FederationError, MedflError, Policy
 from medfl.common.kept import save_record
 from medfl.server import authority, heads, studies
 from medfl.server.authority import Guest
+from medfl.server.bounds import (
+    HANDSHAKE_S,
+    Doorman,
+    Turnstile,
+    connections_within,
+    raise_descriptors,
+)
 from medfl.server.federation import Federation, SiteRecord
 from medfl.server.sessions import Sessions
 from medfl.server.settings import ServerSettings
@@ -49,6 +56,11 @@ log = logging.getLogger(__name__)
 # Flower's largest piece of a message with room around it; a larger call is refused unread.
 MAX_CALL = 8 * 1024 * 1024
 _RENEW_AT = 1 / 3
+# A message of the coordinator's service is small; a line of 50 kbit/s carries the largest in this.
+_BODY_S = 180.0
+_GUESTS_BODY_S = 15.0
+_IDLE_S = 600
+_STREAMS = 64
 
 
 class Peers:
@@ -57,13 +69,19 @@ class Peers:
     def __init__(self, federation: Federation, sessions: Sessions | None = None) -> None:
         self.federation = federation
         self.sessions = sessions or Sessions()
+        self._turnstile = Turnstile()
 
     def who(self, context: grpc.ServicerContext) -> SiteRecord | Guest:
-        """The caller; ends the call (UNAUTHENTICATED) where the state does not know it."""
+        """The caller, asked once a call; ends the call where it is unknown, or has too many open.
+
+        Unknown is UNAUTHENTICATED, too many is RESOURCE_EXHAUSTED.
+        """
         shown = context.auth_context()
         if shown.get("ssl_tls_version", [b"TLSv1.3"])[0] != b"TLSv1.3":
             _end(context, grpc.StatusCode.UNAUTHENTICATED, "Only TLS 1.3 is spoken here.")
         pem = shown.get("x509_pem_cert", [b""])[0]
+        if not self._turnstile.enters(pem, context):
+            _end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "You have too many calls open.")
         try:
             return authority.identify(self.federation, pem)
         except PolicyRefused as error:
@@ -88,8 +106,8 @@ class Peers:
 class Coordinator:
     """The coordinator service: one method for each line of `METHODS`."""
 
-    def __init__(self, peers: Peers, settings: ServerSettings) -> None:
-        self._peers = peers
+    def __init__(self, peers: Peers, settings: ServerSettings, doorman: Doorman) -> None:
+        self._peers, self._doorman = peers, doorman
         self._federation = peers.federation
         self._settings = settings
 
@@ -153,18 +171,22 @@ class Coordinator:
     def _handler(self, name: str) -> grpc.RpcMethodHandler:
         kind, answer = METHODS[name][0], getattr(self, name.lower())
 
-        def handle(body: bytes, context: grpc.ServicerContext) -> bytes:
+        def handle(pieces: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
             caller = self._peers.who(context)
-            if isinstance(caller, Guest) != (name == "Enrol"):
+            is_guest = isinstance(caller, Guest)
+            if is_guest != (name == "Enrol"):
                 text = "A token only serves to enrol, and enrolling needs a token."
                 _end(context, grpc.StatusCode.UNAUTHENTICATED, text)
+            with self._doorman.within(_GUESTS_BODY_S if is_guest else _BODY_S, context):
+                body = next(pieces, b"")
             try:
                 return coordination.encode(answer(caller, coordination.decode(body, kind)))
             except MedflError as error:
                 log.warning("%s of %s was refused: %s", name, _name(caller), error)
                 _abort(context, error)
 
-        return grpc.unary_unary_rpc_method_handler(handle)
+        # As a stream: who calls is known, and may be refused, before there is a body to wait for.
+        return grpc.stream_unary_rpc_method_handler(handle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,12 +208,18 @@ class Gateway:
         settings: ServerSettings,
         peers: Peers | None = None,
         more: Sequence[grpc.GenericRpcHandler] = (),
+        doorman: Doorman | None = None,
     ) -> None:
-        """more: services of the same port, such as the tunnel; they ask `peers` who calls."""
+        """more: services of the same port, such as the tunnel; they ask `peers` who calls.
+
+        doorman: shared with them.
+        """
         self.peers = peers or Peers(federation)
         self._federation, self._settings = federation, settings
         refuse_expired(federation)
         federation.signing_key()  # a damaged key stops the start, not the first run
+        most = connections_within(settings.connections, settings.workers, raise_descriptors())
+        self._most, self.doorman = most, doorman or Doorman()
         self._server = grpc.server(
             ThreadPoolExecutor(settings.workers, thread_name_prefix="gateway"),
             options=[
@@ -199,14 +227,20 @@ class Gateway:
                 ("grpc.max_send_message_length", MAX_CALL),
                 ("grpc.max_metadata_size", 16 * 1024),
                 ("grpc.so_reuseport", 0),
+                ("grpc.max_allowed_incoming_connections", most),
+                ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
+                ("grpc.max_concurrent_streams", _STREAMS),
+                ("grpc.max_connection_idle_ms", _IDLE_S * 1000),
                 # A hospital that is gone without a word is noticed, and a quiet one stays.
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
+            maximum_concurrent_rpcs=2 * settings.workers,
         )
-        self._server.add_generic_rpc_handlers([Coordinator(self.peers, settings).handlers(), *more])
+        own = Coordinator(self.peers, settings, self.doorman).handlers()
+        self._server.add_generic_rpc_handlers([own, *more])
         self._last: tuple[bytes, bytes, bytes] = self._certificates()
         self._changing = threading.Lock()
         credentials = grpc.dynamic_ssl_server_credentials(
@@ -223,9 +257,11 @@ class Gateway:
     def start(self) -> None:
         """Answer from now on."""
         self._server.start()
+        self.doorman.start(self.port, self._most)
 
     def stop(self, grace_s: float = 5.0) -> None:
         """Take no new call, let running ones end within `grace_s`."""
+        self.doorman.stop()
         self._server.stop(grace_s).wait(grace_s + 5)
 
     def _changed(self) -> Any:
@@ -235,7 +271,11 @@ class Gateway:
         where many connect at once: so nothing is replaced without need.
         """
         with self._changing:
-            now = self._certificates()
+            try:
+                now = self._certificates()
+            except (OSError, MedflError) as error:
+                log.error("the certificates could not be read; the last ones hold: %s", error)
+                return None
             if now == self._last:
                 return None
             self._last = now

@@ -13,6 +13,7 @@ from medfl.common.errors import MedflError, StorageError
 from medfl.common.private_files import only_one, private_folder, write_private
 from medfl.common.stopping import set_by_signals
 from medfl.server import runs
+from medfl.server.bounds import Doorman, raise_descriptors
 from medfl.server.federation import Federation
 from medfl.server.gateway import Gateway, Peers
 from medfl.server.runs import Run
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
 _DRAIN_S = 15.0
+_AGAIN_S = 5.0
 
 
 def serve(
@@ -46,14 +48,14 @@ def serve(
 
     stopping = stopping or threading.Event()
     with only_one(federation.state / "server.lock", "medfl-server"), set_by_signals(stopping):
+        raise_descriptors()  # before the engine's child, which has the same limit
         engine = Engine(private_folder(federation.folder / "engine"))
-        peers = Peers(federation)
+        peers, doorman = Peers(federation), Doorman()
         gateway: Gateway | None = None
         engine.start()
         try:
-            gateway = Gateway(
-                federation, settings, peers, [engine.handlers(peers.site_of, peers.sessions)]
-            )
+            tunnel = engine.handlers(peers.site_of, peers.sessions, doorman)
+            gateway = Gateway(federation, settings, peers, [tunnel], doorman)
             gateway.start()
             write_private(federation.state / "server.pid", f"{os.getpid()}\n".encode())
             federation.record("server started", port=gateway.port)
@@ -86,9 +88,14 @@ def _work(federation: Federation, engine: Engine, stopping: threading.Event) -> 
         federation.record("run taken up", run=run.id, attempt=run.attempt)
         log.warning("run=%s was interrupted; it goes on", run.id)
     while not stopping.wait(_LOOK_S):
-        queue = [r for r in runs.everything(federation) if r.state == "waiting"]
-        for run in queue[:1]:
-            _supervised(federation, engine, run, stopping)
+        try:
+            queue = [r for r in runs.everything(federation) if r.state == "waiting"]
+            for run in queue[:1]:
+                _supervised(federation, engine, run, stopping)
+        except Exception:
+            # A moment without descriptors, threads or disk: hospitals are answered meanwhile.
+            log.exception("the queue of runs could not be worked off; trying again")
+            stopping.wait(_AGAIN_S)
 
 
 def _supervised(

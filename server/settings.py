@@ -28,7 +28,9 @@ class ServerSettings:
         port forwarding), for the text of an invitation. certificate_days: life of a site's
         certificate. invitation_hours: life of a token. workers: calls that the gateway answers at a
         time; a hospital that waits for work holds one and needs one more, so two a hospital. They
-        are threads that begin when they are needed.
+        are threads that begin when they are needed. connections: from all addresses together, if
+        the machine allows so many descriptors; one address has a quarter, so write more where many
+        hospitals come through one proxy.
     """
 
     name: str
@@ -37,6 +39,7 @@ class ServerSettings:
     certificate_days: Positive = 90.0
     invitation_hours: Positive = 24.0
     workers: Count = 512
+    connections: Count = 4096
 
     def faults(self) -> list[str]:
         """Contradictions between keys, one line each."""

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -47,13 +47,20 @@ _HOLD_S = 20.0
 _LOOK_S = 10.0
 _AT_ONCE = 4
 MAX_UPLOAD = 8 * 1024**3
+# Until a call's body is there; an object that follows has the time of the hospital's slowest line.
+_BODY_S, _OBJECT_S = 300.0, 900.0
+
+Within = Callable[[float, grpc.ServicerContext], AbstractContextManager[None]]
 
 
-def fleet_handlers(gate: Gate, site_of: SiteOf) -> grpc.GenericRpcHandler:
+def fleet_handlers(
+    gate: Gate, site_of: SiteOf, within: Within = lambda seconds, context: nullcontext()
+) -> grpc.GenericRpcHandler:
     """The tunnel's service for a gRPC server.
 
     site_of: the name in the peer's certificate; it may abort the call itself. The server needs
-    `tunnel.GRPC_OPTIONS` and at least two threads a site, because pulls are held.
+    `tunnel.GRPC_OPTIONS` and at least two threads a site, because pulls are held. within: ends a
+    call of which nothing comes for so long.
     """
 
     room = Room()
@@ -67,8 +74,12 @@ def fleet_handlers(gate: Gate, site_of: SiteOf) -> grpc.GenericRpcHandler:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             raise  # abort never returns
 
-    def call(raw: bytes, context: grpc.ServicerContext) -> bytes:
-        return answered(lambda: tunnel.decode_call(raw), context)
+    def piece(pieces: Iterator[bytes], seconds: float, context: grpc.ServicerContext) -> bytes:
+        with within(seconds, context):
+            return next(pieces, b"")
+
+    def call(pieces: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        return answered(lambda: tunnel.decode_call(piece(pieces, _BODY_S, context)), context)
 
     def upload(pieces: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         def ready() -> None:
@@ -77,29 +88,34 @@ def fleet_handlers(gate: Gate, site_of: SiteOf) -> grpc.GenericRpcHandler:
             # the line's buffers, some MB a hospital.
             context.send_initial_metadata(())
 
-        return answered(lambda: _uploaded(pieces, ready), context)
+        def read() -> Call:
+            head = _uploading(piece(pieces, _BODY_S, context))
+            ready()
+            return replace(head, body=piece(pieces, _OBJECT_S, context))
+
+        return answered(read, context)
 
     service, method = tunnel.METHOD.strip("/").split("/")
     return grpc.method_handlers_generic_handler(
         service,
         {
-            method: grpc.unary_unary_rpc_method_handler(call),
+            # As a stream: who calls is known before there is a body to wait for.
+            method: grpc.stream_unary_rpc_method_handler(call),
             tunnel.UPLOAD.rsplit("/", 1)[1]: grpc.stream_unary_rpc_method_handler(upload),
         },
     )
 
 
-def _uploaded(pieces: Iterator[bytes], room: Callable[[], None]) -> Call:
-    """A push-object call; its body, the second piece, is read once there is room for it.
+def _uploading(head: bytes) -> Call:
+    """A push-object call whose body, the second piece, is read once there is room for it.
 
     Raises:
         FederationError: it is another call, or malformed.
     """
-    call = tunnel.decode_call(next(pieces, b""))
+    call = tunnel.decode_call(head)
     if call.path != tunnel.PUSH_OBJECT or call.body:
         raise FederationError("Only the body of a push-object call may come in a piece of its own.")
-    room()
-    return replace(call, body=next(pieces, b""))
+    return call
 
 
 class _Guest:
