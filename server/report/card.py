@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from medfl.common.models import MODELS
 from medfl.server.report import words
 from medfl.server.report.run import Run
 
-# The catalogue's networks that are plain PyTorch; the others are MONAI's.
-_PLAIN = ("logistic", "mlp", "cnn")
 _PIPELINES = {
     "segmentation": "image-segmentation",
     "classification": "image-classification",
@@ -22,9 +21,10 @@ def card_context(run: Run, shared: dict[str, Any]) -> dict[str, Any]:
     Hugging Face, "Model Cards", metadata keys license, library_name, tags and pipeline_tag.
     """
     images = run.study.image is not None
-    monai = run.study.model.name not in _PLAIN
+    entry = MODELS.get(run.study.model.name)  # None: a network of another version's catalogue
+    monai = entry is not None and entry.needs.startswith("monai")
     kind = run.study.task.kind
-    private = [s.epsilon or 0.0 for s in run.private_sites]
+    private = run.epsilons.values()
     return {
         **shared,
         "library": "monai" if monai else "pytorch",

@@ -160,7 +160,10 @@ def _panel(axes: Axes, run: Run, panel: Panel) -> None:
     title, pick, lines, offset = panel
     _background(axes, lines)
     names = ["main", *sorted({r.run for r in run.rounds} - {"main"})]
-    for name, color, dash in zip(names, SERIES, DASHES, strict=False):
+    for number, name in enumerate(names):
+        color = SERIES[number % len(SERIES)]
+        # Every curve is told apart: where colours come again, they come with another dash.
+        dash = DASHES[(number + number // len(SERIES)) % len(DASHES)]
         points = [(r.number + offset, v) for r in run.rounds if r.run == name
                   and (v := pick(r)) is not None]  # fmt: skip
         if points:

@@ -152,7 +152,7 @@ def facts(
         "sites": [_site(reply) for reply in outcome.final],
         "mean": mean_over_sites([t for t in tests if t]),
         "baselines": {},
-        "refused": {**absent, **outcome.refused},
+        "refused": _took_no_part(outcome, absent),
         "unlike": {site: list(fields) for site, fields in outcome.unlike.items()},
         "environment": {p: version(p) for p in ("medfl", "torch", "flwr")},
         "digests": {"study": study.digest, "model": tensors.digest(outcome.weights)},
@@ -161,6 +161,17 @@ def facts(
         "bytes_per_round": up + down,
         "bytes_up_per_round": up,
         "bytes_down_per_round": down,
+    }
+
+
+def _took_no_part(outcome: Outcome, absent: Mapping[str, str]) -> dict[str, str]:
+    """Without who answered in all rounds: a restart does not find every hospital again at once."""
+    there = [{site["name"] for site in record.sites} for record in outcome.records]
+    found = {**absent, **outcome.refused}
+    return {
+        site: why
+        for site, why in found.items()
+        if not there or not all(site in names for names in there)
     }
 
 

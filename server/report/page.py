@@ -11,7 +11,16 @@ from markupsafe import Markup
 
 from medfl.common.metrics import scores as score_files
 from medfl.common.metrics.scores import Scores
-from medfl.server.report import classification, curves, segmentation, summary, tables, words
+from medfl.server.report import (
+    classification,
+    curves,
+    noticed,
+    segmentation,
+    summary,
+    tables,
+    verdict,
+    words,
+)
 from medfl.server.report.plot import MANY
 from medfl.server.report.run import Run, arrays_path
 
@@ -42,8 +51,9 @@ def context(run: Run, drawn: Mapping[str, list[Figure]] | None = None) -> dict[s
         "title": run.facts.get("title") or run.study.title or run.study.name,
         "purpose": run.study.purpose,
         "date": str(run.facts.get("date", "")),
-        "verdict": summary.verdict(run, metric),
+        "verdict": verdict.verdict(run, metric),
         "summary": summary.summary(run, metric),
+        "noticed": noticed.noticed(run),
         "cards": tables.cards(run, metric),
         "comparison": tables.comparison(run),
         "means": tables.mean_table(run),
@@ -57,7 +67,6 @@ def context(run: Run, drawn: Mapping[str, list[Figure]] | None = None) -> dict[s
         "privacy": tables.privacy_table(run) if run.private_sites else None,
         "privacy_figure": curves.epsilon_over_rounds(run) if run.private_sites else None,
         "data": tables.data_table(run),
-        "absent": tables.absent(run),
         "made": tables.made(run),
         "digests": tables.digest_table(run),
         "limits": summary.limits(run),

@@ -89,6 +89,26 @@ class Run:
         return tuple(s for s in self.federated.sites if s.epsilon is not None)
 
     @property
+    def epsilons(self) -> dict[str, float]:
+        """What each hospital's training spent, also of those that did not answer at the end."""
+        last = {
+            name: epsilon
+            for line in self.rounds
+            for name, epsilon in line.site_epsilon.items()
+            if line.run == "main" and epsilon is not None
+        }
+        own = {s.name: s.epsilon for s in self.private_sites if s.epsilon is not None}
+        return {**last, **own}
+
+    @property
+    def chosen_by_metric(self) -> bool:
+        """Whether the published round was in fact chosen by a metric on validation cases."""
+        how = self.study.federation
+        return how.keep == "best" and any(
+            r.metrics.get(how.best_metric or "") is not None for r in self.rounds if r.run == "main"
+        )
+
+    @property
     def site_epsilon(self) -> float | None:
         """What the run's models tell of a whole hospital at most; None without [site_privacy]."""
         return max((r.epsilon for r in self.rounds if r.epsilon is not None), default=None)

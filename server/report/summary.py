@@ -1,28 +1,10 @@
-"""The sentences of the report: the verdict first, then what bounds it. No numbers are made here."""
+"""The sentences below the headline, and what bounds them. No numbers are made here."""
 
 from __future__ import annotations
 
 from medfl.server.report import words
+from medfl.server.report.noticed import untrained
 from medfl.server.report.run import Outcome, Run
-
-
-def verdict(run: Run, metric: str | None) -> str:
-    """One line: did federation pay? Says so only where the run trained the alternatives."""
-    local = run.baselines.get("local")
-    if metric is None or local is None:
-        return "What the federated model reached"
-    won, lost, compared = gains(run, metric)
-    mean = words.gained(metric, run.federated.mean.get(metric), local.mean.get(metric))
-    if not compared or mean is None:
-        return "What the federated model reached"
-    if mean == 0:
-        return "On average, federated training was level with training alone"
-    side = "better" if mean > 0 else "worse"
-    if lost == 0 and won == compared == len(run.federated.sites):
-        chance = "" if _apart(run, metric) else ", none by more than chance may explain"
-        return f"Every hospital scored {side} together than alone{chance}"
-    whole = f"{won} of {compared} hospitals"
-    return f"On average {side} together than alone; {whole} scored better"
 
 
 def gains(run: Run, metric: str) -> tuple[int, int, int]:
@@ -131,15 +113,16 @@ def _others(run: Run, metric: str) -> str:
 
 
 def _privacy(run: Run) -> str:
-    private, whole = run.private_sites, run.site_epsilon
+    private, whole = run.epsilons, run.site_epsilon
     together = f"Whole hospitals are protected with ε of at most {words.epsilon(whole)}."
     if not private:
         return "No differential privacy was used." if whole is None else together
-    largest = words.epsilon(max(s.epsilon or 0.0 for s in private))
+    largest = words.epsilon(max(private.values()))
+    every = private.keys() | words.by_name(run.federated.sites).keys()
     who = (
         "All hospitals"
-        if len(private) == len(run.federated.sites)
-        else f"{len(private)} of {_hospitals(len(run.federated.sites))}"
+        if len(private) == len(every)
+        else f"{len(private)} of {_hospitals(len(every))}"
     )
     said = f"{who} trained under differential privacy, with ε of at most {largest}."
     return said if whole is None else f"{said} {together}"
@@ -160,9 +143,9 @@ def _cost_of_privacy(run: Run, metric: str) -> str:
 
 def privacy_words(run: Run) -> list[str]:
     """What ε covers and what it does not, a paragraph each; never more than was done."""
-    if not run.private_sites and run.study.site_privacy is not None:
+    if not run.epsilons and run.study.site_privacy is not None:
         return ["No hospital trained under differential privacy of its own patients."]
-    if not run.private_sites:
+    if not run.epsilons:
         what = "images" if run.study.image is not None else "records"
         return [
             f"No differential privacy was used. The {what} stayed at the hospitals, but nothing "
@@ -225,10 +208,10 @@ def _not_covered(run: Run) -> str:
 
 def limits(run: Run) -> list[str]:
     """What a reader must not conclude."""
-    tests = [s.n_test for s in run.federated.sites if s.n_test is not None]
     lines = [
         "Intended for research. This is not a medical device and must not guide the care of a "
         "patient.",
+        *_few_cases(run),
         "Each hospital computed its metrics and told only those: there are no intervals, and the "
         "mean over hospitals is not that over patients. Training at each hospital alone was not "
         "tried."
@@ -236,18 +219,10 @@ def limits(run: Run) -> list[str]:
         else "Intervals come from resampling the test patients. They say how much the result "
         "depends on who was tested, not how it would change with new training, other scanners or "
         "other hospitals.",
-        "Every hospital in the test also took part in training. How the model does at a hospital "
-        "that did not was not measured.",
+        _new_hospitals(run),
         "Not checked: fairness between groups of patients, robustness to poor images, agreement "
         "between human readers, and the benefit to any clinical decision.",
     ]
-    if any(n < 50 for n in tests):
-        few = sum(n < 50 for n in tests)
-        lines.insert(
-            1,
-            f"{few} of {_hospitals(len(tests))} tested on fewer than 50 cases; their own figures "
-            "are rough, and comparing such hospitals with each other is not sound.",
-        )
     if run.between_hospitals and run.study.secure_aggregation is not None:
         lines.append(
             "Updates were summed under masks. So that nothing else gives a hospital away, none "
@@ -255,15 +230,39 @@ def limits(run: Run) -> list[str]:
             "each can evaluate the model on its own cases. Single updates were not seen, and none "
             "could be left out for its length or direction."
         )
-    if run.study.federation.keep == "best":
+    if run.chosen_by_metric:
         lines.append(
             "The published round was chosen on validation cases; the test cases took no part."
         )
-    if run.study.simulation is not None:
+    if run.study.simulation is not None and not run.between_hospitals:
         lines.append(
             "This was a simulation: one machine played all the hospitals with a public data set."
         )
     return lines
+
+
+def _few_cases(run: Run) -> list[str]:
+    tests = [s.n_test for s in run.federated.sites if s.n_test is not None]
+    few = sum(n < 50 for n in tests)
+    if not few:
+        return []
+    return [
+        f"{few} of {_hospitals(len(tests))} tested on fewer than 50 cases; their own figures "
+        "are rough, and comparing such hospitals with each other is not sound."
+    ]
+
+
+def _new_hospitals(run: Run) -> str:
+    new = [site.name for site in untrained(run)]
+    if not new:
+        return (
+            "Every hospital in the test also took part in training. How the model does at a "
+            "hospital that did not was not measured."
+        )
+    return (
+        f"{', '.join(new)} took no part in training: figures there say how the model does at a "
+        "hospital that is new to it. The other hospitals in the test took part."
+    )
 
 
 def _hospitals(n: int) -> str:

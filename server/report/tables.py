@@ -180,19 +180,6 @@ def _quarantined(reason: str) -> Callable[[SiteResult], int | None]:
     return lambda site: None if site.n_train is None else site.quarantined.get(reason, 0)
 
 
-def absent(run: Run) -> list[str]:
-    """Hospitals that refused, or whose answers were left out in some rounds, and why."""
-    refused: Mapping[str, str] = run.facts.get("refused") or {}
-    lines = [f"{site} took no part: {why}" for site, why in refused.items()]
-    found: dict[tuple[str, str], int] = {}
-    for line in run.rounds:
-        for site, why in line.left_out.items() if line.run == "main" else ():
-            found[site, why] = found.get((site, why), 0) + 1
-    for (site, why), n in sorted(found.items()):
-        lines.append(f"{site} was left out of {_plural(n, 'round')}: {why}")
-    return lines
-
-
 def made(run: Run) -> list[tuple[str, str]]:
     """How the model was made: (what, value)."""
     facts, study = run.facts, run.study
@@ -235,7 +222,11 @@ def _rounds(run: Run) -> str:
     if how.keep == "average":
         first = first_averaged(run.study.federation.rounds)
         return f"{rounds}; the published model is the mean of those of rounds {first} to {chosen}"
-    why = f"best {words.measure(how.best_metric or '').label}" if how.keep == "best" else "the last"
+    why = "the last"
+    if run.chosen_by_metric:
+        why = f"best {words.measure(how.best_metric or '').label}"
+    elif how.keep == "best":
+        why = f"the last: no hospital could measure {words.measure(how.best_metric or '').label}"
     return f"{rounds}; the published model is that of round {chosen} ({why})"
 
 

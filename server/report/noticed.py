@@ -1,0 +1,80 @@
+"""What a reader must know before any figure: who is absent, and who is unlike the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from medfl.server.report import words
+from medfl.server.report.run import Run, SiteResult
+
+# An AUROC without an interval is far below chance from here on; noise of a small hospital is not.
+FAR_BELOW = 0.3
+_CHANCE = 0.5
+_RANKS = ("auroc", "balanced_accuracy")
+
+
+def noticed(run: Run) -> list[str]:
+    """One sentence each; empty where there is nothing to be noticed."""
+    return [*absent(run), *_unlike(run), *_turned_round(run)]
+
+
+def absent(run: Run) -> list[str]:
+    """Hospitals that refused, or whose answers were missing in some rounds, and why."""
+    refused: Mapping[str, str] = run.facts.get("refused") or {}
+    rounds = [r for r in run.rounds if r.run == "main"]
+    lines = []
+    for site, why in refused.items():
+        there = sum(site in r.site_metrics for r in rounds)
+        if not there and site not in words.by_name(run.federated.sites):
+            lines.append(f"{site} took no part: {why}")
+        elif there < len(rounds):
+            lines.append(f"{site} took part in {there} of {_plural(len(rounds), 'round')}: {why}")
+    found: dict[tuple[str, str], int] = {}
+    for line in rounds:
+        for site, why in line.left_out.items():
+            found[site, why] = found.get((site, why), 0) + 1
+    for (site, why), n in sorted(found.items()):
+        lines.append(f"{site} was left out of {_plural(n, 'round')}: {why}")
+    tested = words.by_name(run.federated.sites)
+    for site in sorted({name for r in rounds for name in r.site_metrics} - tested.keys()):
+        lines.append(f"{site} trained and did not answer at the end: its test cases are missing")
+    return lines
+
+
+def untrained(run: Run) -> list[SiteResult]:
+    """Hospitals in the test that sent no update in any round: the model is new to them."""
+    rounds = [r for r in run.rounds if r.run == "main" and not r.void]
+    trained = {name for r in rounds for name in r.site_metrics}
+    return [s for s in run.federated.sites if s.n_train == 0 or (trained and s.name not in trained)]
+
+
+def _unlike(run: Run) -> Iterable[str]:
+    found: Mapping[str, Any] = run.facts.get("unlike") or {}
+    for site, fields in sorted(found.items()):
+        yield f"{site} is unlike the other hospitals in {'; '.join(map(str, fields))}"
+
+
+def _turned_round(run: Run) -> Iterable[str]:
+    """Hospitals whose cases the model ranks backwards, as one does whose labels are exchanged."""
+    for site in run.federated.sites:
+        metric = next((m for m in _RANKS if site.metrics.get(m) is not None), None)
+        if metric is None or not words.shows_metrics(site) or run.study.task.kind == "segmentation":
+            continue
+        number, pair = site.metrics[metric], site.intervals.get(metric)
+        far = pair[1] < _CHANCE if pair is not None else (number or 0.0) < FAR_BELOW
+        if metric != "auroc" and len(run.study.task.classes) > 2:
+            continue  # chance is not one half there
+        if far:
+            local = words.by_name(run.baselines["local"].sites) if "local" in run.baselines else {}
+            alone = local[site.name].metrics.get(metric) if site.name in local else None
+            own = f"; its own model reaches {words.value(metric, alone)}" if alone else ""
+            yield (
+                f"{site.name} may code its classes the other way round: the model's "
+                f"{words.measure(metric).label} there is {words.value(metric, number)}, far below "
+                f"chance{own}. Compare its labels with the study's before anything is concluded"
+            )
+
+
+def _plural(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
