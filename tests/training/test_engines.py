@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from medfl.client.training.engines.bookkeeping import BookKeeping
 from medfl.client.training.engines.choice import engine_for
-from medfl.client.training.engines.engine import Bound, Engine, NotCoveredError
+from medfl.client.training.engines.engine import Bound, Engine, NotCoveredError, squared_norms
 from medfl.client.training.engines.materialised import Materialised, per_record_gradients
 from medfl.common.losses import LOSSES, build_loss
 from medfl.common.models import DP_MODELS, build_model
@@ -339,3 +340,73 @@ def test_no_layer_stays_changed() -> None:
         engine.clipped_sum(torch.ones(2, 5), torch.ones(2), [1, 1], Bound(1.0))
     assert all("forward" not in vars(layer) for layer in model.modules())
     assert all(p.grad is None for p in model.parameters())
+
+
+def contribution(engine: Engine, x: Tensor, y: Tensor, sizes: list[int], clip: float) -> float:
+    """The length of a clipped sum in bounds, computed without rounding."""
+    found = engine.clipped_sum(x, y, sizes, Bound(clip))
+    return math.sqrt(sum(float(g.double().square().sum()) for g in found.values())) / clip
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("spread", [0.02, 1.0, 50.0])
+def test_two_records_that_nearly_cancel_stay_within_the_bound(which: int, spread: float) -> None:
+    # A field of 250,000 and a patient with two records, one of each label: 6e10 - 6e10 in float32.
+    generator = torch.Generator().manual_seed(5)
+    for width in (8, 64):
+        model = nn.Linear(width, 1)
+        engine = engines_of(model, mean_output)[which]
+        for _ in range(30):
+            noise = torch.randn(2, width, generator=generator)
+            x, y = 2.5e5 + spread * noise, torch.tensor([1.0, -1.0])
+            assert contribution(engine, x, y, [2], clip=0.01) <= 1 + 1e-6
+
+
+def test_the_length_of_two_opposite_records_by_hand() -> None:
+    # (250050, 1) - (249950, 1), halved: 50 along each of 16 inputs, 0 for the bias: norm 200. What
+    # rounding may hide is 10 last bits of a sum of 250,000 · sqrt(16): 1.2, or six in a thousand.
+    engine = engines_of(nn.Linear(16, 1), mean_output)[0]
+    x = torch.tensor([[250_050.0], [249_950.0]]).expand(2, 16)
+    found = contribution(engine, x, torch.tensor([1.0, -1.0]), [2], clip=1.0)
+    assert 0.99 < found <= 1
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_voxels_that_nearly_cancel_stay_within_the_bound(kernel: int) -> None:
+    # A convolution over few voxels with activations of 1e4; output gradients sum up to zero.
+    generator = torch.Generator().manual_seed(6)
+    model = nn.Conv2d(64, 64, kernel, padding=kernel // 2)
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0]).view(2, 2)
+
+    def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+        return ((logits * signs).flatten(1).sum(dim=1) * targets).mean()
+
+    for engine in engines_of(model, loss_of):
+        for spread in (1e-3, 0.1, 10.0):
+            flat = 1e4 + spread * torch.randn(1, 64, 2, 2, generator=generator)
+            assert contribution(engine, flat, torch.ones(1), [1], clip=0.1) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("exponent", range(-12, 13, 3))
+def test_no_constructed_weights_bring_a_unit_beyond_the_bound(exponent: int) -> None:
+    # Layers whose scales differ by 10^exponent; units of one, two and three records together.
+    generator = torch.Generator().manual_seed(exponent + 50)
+    for _ in range(5):
+        model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8), nn.Linear(8, 1))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+            model[0].weight.mul_(10.0 ** (exponent / 3))
+            model[2].weight.mul_(10.0**exponent)
+        half = torch.randn(1, 16, generator=generator)
+        x = torch.cat([half, half + 1e-4 * torch.randn(1, 16, generator=generator)])
+        for engine in engines_of(model, mean_output):
+            assert contribution(engine, x, torch.tensor([1.0, -1.0]), [2], clip=0.1) <= 1 + 1e-6
+            assert contribution(engine, x, torch.tensor([1.0, -1.0]), [1, 1], clip=0.1) <= 2 + 2e-6
+
+
+def test_norms_of_millions_of_numbers_are_summed_without_loss() -> None:
+    # Once 2^12, whose square ends a float32's digits, and 2^22 ones that such a sum would lose.
+    t = torch.ones(1, 2**22 + 1)
+    t[0, 0] = 2.0**12
+    assert squared_norms(t).tolist() == [2.0**24 + 2.0**22]

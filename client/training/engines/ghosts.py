@@ -11,6 +11,9 @@ from torch import Tensor
 from medfl.client.training.engines.convolution import Geometry
 from medfl.client.training.engines.engine import squared_norms
 
+# Between 1 and the next float64.
+_EPS = 2.0**-52
+
 
 @dataclass(frozen=True, slots=True)
 class Ghost:
@@ -28,31 +31,47 @@ class Ghost:
     bias: str
 
     def squared_norms(self, units: Units) -> Tensor:
-        """(units,) float64: ‖∂weight‖² + ‖∂bias‖² (Bu et al. 2022, eq. 2.3)."""
-        if not self.geometry:
-            return self._of_linear(units)
-        found = torch.zeros(len(self.g), dtype=torch.float64, device=self.g.device)
-        if self.weight:
-            g = self.g.flatten(2)
-            products = self.geometry.products(self.x, self.shape_of).mul_(torch.bmm(g.mT, g))
-            found += _not_below_zero(products.sum((1, 2), dtype=torch.float64))
-        if self.bias:
-            found += squared_norms(self.g.flatten(2).sum(2))
-        return found
+        """(units,) float64: ‖∂weight‖² + ‖∂bias‖² (Bu et al. 2022, eq. 2.3), never below it.
 
-    def _of_linear(self, units: Units) -> Tensor:
-        """A unit's records are the rows of one map; alone they need no products of pairs."""
-        if units.alone:
-            ours = squared_norms(self.x) if self.weight else torch.zeros((), dtype=torch.float64)
-            return (ours + bool(self.bias)) * squared_norms(self.g)
-        same = units.of_record[:, None] == units.of_record
-        pairs = self.g @ self.g.mT
+        Products of different signs cancel, here and again in the clipped sum, which is computed in
+        another order and in the model's precision. So the norm comes from float64, and what both
+        computations can be wrong by is added to it (Higham 2002, section 3.1): a multiple of the
+        norms' sum over the products, as long as nothing cancels some millionths of the norm.
+        """
+        squares, lengths = (
+            self._of_convolution(self.geometry) if self.geometry else self._of_linear(units)
+        )
+        added_up = self.g.numel() // self.g.shape[1] + 8
+        multiplied = self.x[0].numel() + self.g[0].numel() + added_up
+        squares = _not_below_zero(squares) + multiplied * _EPS * lengths**2
+        return (squares.sqrt() + added_up * torch.finfo(self.g.dtype).eps * lengths) ** 2
+
+    def _of_convolution(self, geometry: Geometry) -> tuple[Tensor, Tensor]:
+        """(units,) squared norms and the sums of norms that cancel in them; units of one record."""
+        g = self.g.flatten(2).double()
+        of_g = torch.bmm(g.mT, g)
+        reads = torch.full_like(of_g, float(bool(self.bias)))
         if self.weight:
-            pairs = pairs * (self.x @ self.x.mT + bool(self.bias))
+            reads += geometry.products(self.x.double(), self.shape_of)
+        return (reads * of_g).sum((1, 2)), (_diagonal_root(reads) * _diagonal_root(of_g)).sum(1)
+
+    def _of_linear(self, units: Units) -> tuple[Tensor, Tensor]:
+        """As of a convolution. A unit's records are the rows of one map."""
+        ours = squared_norms(self.x) if self.weight else torch.zeros((), dtype=torch.float64)
+        of_each = (ours + bool(self.bias)) * squared_norms(self.g)
+        if units.alone:
+            # One product alone, in which nothing cancels.
+            return of_each, of_each.sqrt()
+        same = units.of_record[:, None] == units.of_record
+        x, g = self.x.double(), self.g.double()
+        pairs = (g @ g.mT) * ((x @ x.mT if self.weight else 0.0) + bool(self.bias))
         # Not times 0: what is not a number in one unit stays there.
-        rows = torch.where(same, pairs, 0).sum(1, dtype=torch.float64)
-        summed = rows.new_zeros(len(units.sizes)).index_add_(0, units.of_record, rows)
-        return _not_below_zero(summed) / units.counts(summed) ** 2
+        rows = torch.where(same, pairs, 0).sum(1)
+        squares, lengths = (
+            t.new_zeros(len(units.sizes)).index_add_(0, units.of_record, t)
+            for t in (rows, of_each.sqrt())
+        )
+        return squares / units.counts(squares) ** 2, lengths / units.counts(lengths)
 
     def weighted_sum(self, factors: Tensor) -> dict[str, Tensor]:
         """Σ over records of factor · gradient: one weight gradient, of scaled output gradients."""
@@ -110,6 +129,10 @@ class Tape:
 
     units: Units
     ghosts: list[Ghost] = field(default_factory=list)
+
+
+def _diagonal_root(squares: Tensor) -> Tensor:
+    return _not_below_zero(squares.diagonal(dim1=1, dim2=2)).sqrt()
 
 
 def _not_below_zero(squares: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from medfl.client.training.dropout import Dropouts
-from medfl.client.training.engines.engine import Bound, Loss
+from medfl.client.training.engines.engine import Bound, Loss, squared_norms
 from medfl.client.training.units import Gradients, mean_by_unit
 
 PerRecord = Callable[[Mapping[str, Tensor], Tensor, Tensor], Gradients]
@@ -81,10 +81,10 @@ def clipped_sum(gradients: Gradients, bound: Bound) -> Gradients:
 
     A unit whose gradient is not a number counts as zero. Changes `gradients` there.
     """
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)
-    bad = ~torch.isfinite(norms)
+    squares = torch.stack([squared_norms(g) for g in gradients.values()])
+    factors = bound.factors(squares.sum(dim=0).sqrt())
+    bad = factors == 0
     if bool(bad.any()):
         for gradient in gradients.values():
             gradient[bad] = 0.0
-    factors = bound.factors(norms)
-    return {name: torch.tensordot(factors, g, dims=1) for name, g in gradients.items()}
+    return {n: torch.tensordot(factors.to(g.dtype), g, dims=1) for n, g in gradients.items()}
