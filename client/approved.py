@@ -15,7 +15,7 @@ from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
 from medfl.client.reading import Watch
 from medfl.client.secure_site import Identity
-from medfl.common.errors import PolicyRefused
+from medfl.common.errors import NotApproved, PolicyRefused
 from medfl.common.messages import Envelope, Instruction
 from medfl.common.private_files import (
     private_folder,
@@ -89,14 +89,7 @@ class Approved:
         Raises:
             StorageError: it could not be written down.
         """
-        self.home.record(
-            "refused",
-            study=asked.study_digest[:64],
-            run=asked.run[:80],
-            kind=asked.kind,
-            round=asked.round,
-            why=why[:300],
-        )
+        consent.note_refusal(self.home, asked, why)
 
     def seal(self, about: str, asked: Instruction, envelope: Envelope) -> Envelope:
         """The answer with this site's signature. about: JSON part of the instruction as it came.
@@ -155,7 +148,7 @@ class Approved:
     def _refuse(self, digest: str, cohort: str | None, site: Site | None) -> None:
         answer = allowed(self.home, digest, cohort, site)
         if isinstance(answer, Refusal):
-            raise PolicyRefused(f"Nothing is run for this study: {answer.why}.")
+            raise NotApproved(f"Nothing is run for this study: {answer.why}.")
 
     def _hospital(self, site: Site, study: Study) -> Hospital:
         from medfl.client.data.own import own_cohort

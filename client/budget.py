@@ -107,7 +107,7 @@ def refuse_unprotected(study: Study) -> None:
     if keys := unprotected_anywhere(study):
         raise PolicyRefused(
             "This site trains under differential privacy, and the study computes something from "
-            f"its records without noise: {'; '.join(keys)}"
+            f"its records without noise: {'; '.join(keys)}. Ask the coordinator to publish it so."
         )
 
 

@@ -37,8 +37,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 HOME = Path("~/.medfl")
 SITE = Path("site.toml")
 DAY_S = 86400.0
-# So many refused questions are shown; `medfl-client log` has all.
-_REFUSALS = 5
 
 audit_app = typer.Typer(no_args_is_help=True, help="The log of what this hospital did.")
 
@@ -116,7 +114,7 @@ def show(
 
     Example: medfl-client show lung --site site.toml
     """
-    from medfl.client import consent, words
+    from medfl.client import consent, foreseen, words
 
     home = _home(state)
     published, found = consent.find(home, study)
@@ -124,10 +122,15 @@ def show(
     told = words.describe(found, published, home.enrolment(), own)
     verdict = consent.verdict(home, found.digest, own)
     told += ["", f"This hospital: {verdict}."]
-    told.append(f"Next: medfl-client approve {found.name}")
+    refuses = [] if own is None else foreseen.without_data(found, own.policy, own.privacy)
+    if refuses:
+        told += ["It would refuse every run of this study:", *(f"  {why}" for why in refuses)]
+    else:
+        told.append(f"Next: medfl-client approve {found.name}")
     plain = {
         "digest": found.digest,
         "verdict": verdict,
+        "would_refuse": refuses,
         "words": told,
         "study": json.loads(published.study),
     }
@@ -240,7 +243,9 @@ def status(
 
     Example: medfl-client status --json
     """
-    from medfl.client import consent, hatch
+    from dataclasses import asdict
+
+    from medfl.client import consent, hatch, refusals
     from medfl.client.enrolment import ending
     from medfl.client.service import Status
     from medfl.common import certificates
@@ -257,8 +262,9 @@ def status(
     running = _running(home)
     now = said.state if said is not None and running else "not running"
     own, unread = _site_of(site or Path(said.site_file if said and said.site_file else SITE))
+    names = {p.digest: p.name for p in home.published()}
     verdicts = {p.name: consent.verdict(home, p.digest, own) for p in reversed(home.published())}
-    refused = [e for e in home.audit.lines() if e["what"] == "refused"]
+    told = refusals.by_reason(home.audit.lines())
     key = key_fingerprint(public_of(home.signing_key()))
     plain = {
         "site": enrolment.site,
@@ -268,7 +274,7 @@ def status(
         "client": now,
         "certificate_days": days,
         "studies": verdicts,
-        "refused": [{"at": e["at"], **e["about"]} for e in refused[-_REFUSALS:]],
+        "refused": [asdict(each) for each in told],
     }
     lines = [
         f"{enrolment.site} in {enrolment.federation} ({enrolment.address}): {now}.",
@@ -277,7 +283,7 @@ def status(
         *([] if days is None else ending(home)),
         *unread,
         *(f"{name}: {verdict}" for name, verdict in verdicts.items()),
-        *_told_refusals(refused),
+        *refusals.lines(told, names),
         "Next: medfl-client studies" if running else "Next: medfl-client start",
     ]
     _show(plain, lines, as_json)
@@ -357,19 +363,6 @@ def accept_key(
 
     enrolment.forget_site(_home(state), site)
     typer.echo(f"The next key of {site} will be pinned. Next: medfl-client start")
-
-
-def _told_refusals(refused: list[Any]) -> list[str]:
-    """The last questions that were not answered here, and why."""
-    if not refused:
-        return []
-    last = refused[-_REFUSALS:]
-    lines = [f"{len(refused)} questions were refused, the last of them:"]
-    for entry in last:
-        about = entry["about"]
-        what = f"{about.get('kind', 'asked')} {about.get('round', '')} of {about.get('run', '?')}"
-        lines.append(f"  {entry['at']} {what}: {about.get('why', '')}")
-    return lines
 
 
 def _home(state: Path) -> Home:

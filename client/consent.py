@@ -20,6 +20,7 @@ from medfl.common.approvals import Decision, signed, why_not
 from medfl.common.coordination import AskStudies, Decide, Done, Published, Studies
 from medfl.common.errors import ConfigError, PolicyRefused
 from medfl.common.kept import save_record
+from medfl.common.messages import Instruction
 from medfl.common.signing import public_of
 from medfl.common.site import Site
 from medfl.common.study import Study
@@ -75,6 +76,22 @@ def number(home: Home, study_digest: str) -> str:
     """Which approval of the study this is: its time; "" where there is none."""
     decision = home.decision(study_digest)
     return "" if decision is None else str(decision.at)
+
+
+def note_refusal(home: Home, asked: Instruction, why: str) -> None:
+    """Write down what was asked and not answered; `medfl-client status` shows it.
+
+    Raises:
+        StorageError: it could not be written down.
+    """
+    home.record(
+        "refused",
+        study=asked.study_digest[:64],
+        run=asked.run[:80],
+        kind=asked.kind,
+        round=asked.round,
+        why=why[:1000],
+    )
 
 
 def fetch(home: Home, line: Line) -> list[Published]:

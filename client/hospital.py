@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medfl.client import budget, home, private_site, secure_site, told_sums
+from medfl.client import budget, foreseen, home, private_site, secure_site, told_sums
 from medfl.client.book import Book
 from medfl.client.data.cases import Cohort
 from medfl.client.encoding import case_set, local_statistics
@@ -182,34 +182,14 @@ def _refuse_forbidden(hospital: Hospital, asked: Instruction) -> None:
             "The coordinator speaks of another study than the one this hospital holds. "
             "Compare the digests on both sides and approve the new study if it is right."
         )
-    if study.task.kind not in policy.tasks:
+    for why in foreseen.by_policy(study, policy, hospital.terms):
+        raise PolicyRefused(why)
+    if hospital.terms is not None and "train" in asked.parts:
         raise PolicyRefused(
-            f"policy.tasks of this site does not have {study.task.kind!r}. "
-            "Add it if the hospital wants to take part."
+            "The coordinator asks for metrics of the training cases, which no noise protects."
         )
-    if policy.require_secure_aggregation and study.secure_aggregation is None:
-        raise PolicyRefused(
-            "This site's policy requires secure aggregation, and the study has no "
-            "[secure_aggregation]: the coordinator would see this hospital's update."
-        )
-    if hospital.terms is not None:
-        budget.refuse_undeclared(hospital.terms)
-        budget.refuse_unprotected(study)
-        if "train" in asked.parts:
-            raise PolicyRefused(
-                "The coordinator asks for metrics of the training cases, which no noise protects."
-            )
-    patients = hospital.patients("train")
-    if len(patients) < policy.min_cases:
-        raise PolicyRefused(
-            f"{len(patients)} training cases, and this site's policy asks for at least "
-            f"{policy.min_cases}. Nothing was sent."
-        )
-    if len(set(patients)) < hospital.smallest_count:
-        raise PolicyRefused(
-            f"{len(set(patients))} training patients, and this site's policy speaks of no fewer "
-            f"than {hospital.smallest_count}. Nothing was sent."
-        )
+    for why in foreseen.by_size(policy, hospital.smallest_count, hospital.patients("train")):
+        raise PolicyRefused(f"{why} Nothing was sent.")
 
 
 def _prepare(hospital: Hospital, asked: Instruction) -> Reply:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,7 +28,7 @@ from medfl.client.tunnel import Forwarder
 from medfl.common.bundle import study_bundle
 from medfl.common.child import Child, Launch, received
 from medfl.common.errors import FederationError, MedflError, OtherCode, TrainerDied
-from medfl.common.messages import refusal
+from medfl.common.messages import Instruction, refusal
 from medfl.common.shelf import Shelf
 
 log = logging.getLogger(__name__)
@@ -204,11 +204,21 @@ class Node:
         )
 
 
-class Runner:
-    """Takes tasks one after another until it is stopped."""
+Note = Callable[[Instruction, str], None]
 
-    def __init__(self, site: str, node: Node, trainer: Trains, mail: threading.Event) -> None:
+
+def _unnoted(asked: Instruction, why: str) -> None:
+    pass
+
+
+class Runner:
+    """Takes tasks one after another until it is stopped. note: is told what it refuses itself."""
+
+    def __init__(
+        self, site: str, node: Node, trainer: Trains, mail: threading.Event, note: Note = _unnoted
+    ) -> None:
         self._site, self._node, self._trainer, self._mail = site, node, trainer, mail
+        self._note = note
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="runner", daemon=True)
 
@@ -275,6 +285,10 @@ class Runner:
             reply = self._trainer.do(frame(task.payload(), task.run_id, task.node_id, digest))
         except (OtherCode, TrainerDied) as error:
             log.warning("round=%d refused: %s", asked.round, error)
+            try:
+                self._note(asked, str(error))
+            except MedflError as full:  # the coordinator gets its refusal also then
+                log.error("a refusal is not in the audit log: %s", full)
             task.answer(refusal(self._site, error, asked.round))
             return
         task.answer(reply)
@@ -282,12 +296,17 @@ class Runner:
 
 @contextmanager
 def at_work(
-    channel: grpc.Channel, session: str, folder: Path, site: str, trainer: Trains
+    channel: grpc.Channel,
+    session: str,
+    folder: Path,
+    site: str,
+    trainer: Trains,
+    note: Note = _unnoted,
 ) -> Iterator[None]:
     """Forwarder, SuperNode and runner of a site, ended in the order that loses least."""
     forwarder = Forwarder(channel, session)
     node = Node(forwarder, folder)
-    runner = Runner(site, node, trainer, forwarder.mail)
+    runner = Runner(site, node, trainer, forwarder.mail, note)
     node.start(forwarder.start())
     runner.start()
     try:

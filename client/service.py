@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from pydantic import ConfigDict
 
 from medfl import __version__
-from medfl.client import consent, enrolment, hatch, witness
+from medfl.client import consent, enrolment, hatch, refusals, witness
 from medfl.client.coordinator import Line
 from medfl.client.ledger import Ledger
 from medfl.client.premises import Home
@@ -137,7 +138,8 @@ def _working(home: Home, site_file: Path, line: Line, session: str) -> Iterator[
             yield
         return
     site, folder = home.enrolment().site, home.folder / "node"
-    with at_work(line.channel, session, folder, site, trainer):
+    note = partial(consent.note_refusal, home)
+    with at_work(line.channel, session, folder, site, trainer, note):
         yield
 
 
@@ -156,8 +158,10 @@ def _report(
     for text in own.news():
         said(text)
     _note(home, own.file, "connected")
+    refused = refusals.News(home)
+    refused.news()
     while not stopping.wait(_REPORT_S):
-        for text in own.news():
+        for text in (*own.news(), *refused.news()):
             said(text)
         try:
             heard = line.call("Report", Report(session, "connected"), Heard)

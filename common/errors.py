@@ -6,6 +6,7 @@ MedflError (1)
 │   └── CaseError          one case cannot be used; it is quarantined, never fatal by itself
 ├── BudgetSpent (4)        the privacy budget does not allow the next step
 ├── PolicyRefused (5)      the hospital's policy forbids what the study asks
+│   ├── NotApproved        no approval of the hospital holds now
 │   └── OtherCode          the coordinator sent code with a study
 ├── FederationError (6)    too few sites answered, or their answers cannot be combined
 │   └── TrainerDied        a hospital's training process ended before it answered
@@ -74,6 +75,10 @@ class NotAdmitted(PolicyRefused):
     def __init__(self, phrase: str, text: str) -> None:
         super().__init__(text)
         self.phrase = phrase
+
+
+class NotApproved(PolicyRefused):
+    """The hospital has no approval that holds now, for these cases and under this site.toml."""
 
 
 class OtherCode(PolicyRefused):

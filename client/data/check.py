@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from medfl.client import budget, foreseen
 from medfl.client.data import own
 from medfl.client.data.cases import Case, Cohort, Split
 from medfl.client.data.cohort import Examined
@@ -138,18 +139,17 @@ def check_with_cohort(site: Site, study: Study, *, n_jobs: int | None = None) ->
 
 
 def _policy_faults(site: Site, study: Study, cohort: Cohort) -> tuple[str, ...]:
-    faults = []
-    if study.task.kind not in site.policy.tasks:
-        faults.append(
-            f"This hospital's policy does not allow the task {study.task.kind}. "
-            "Whoever is responsible may add it to policy.tasks in site.toml."
-        )
-    train = len(cohort.positions("train"))
-    if train < site.policy.min_cases:
-        faults.append(
-            f"{train} training cases; this hospital's policy asks for {site.policy.min_cases}."
-        )
-    return tuple(faults)
+    """What the hospital would answer if it were asked to train, all at once."""
+
+    def patients(part: Split) -> list[str]:
+        return [cohort.cases[i].patient for i in cohort.positions(part)]
+
+    terms = budget.terms_of(study, site.privacy)
+    return (
+        *foreseen.by_policy(study, site.policy, terms),
+        *foreseen.by_size(site.policy, site.policy.smallest_count, patients("train")),
+        *foreseen.by_budget(site, study, terms, patients),
+    )
 
 
 def _left_out(cohort: Cohort) -> tuple[LeftOut, ...]:

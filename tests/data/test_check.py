@@ -115,8 +115,8 @@ def test_the_hospitals_policy_wins(hospital: Path, capsys: pytest.CaptureFixture
         file.write('[policy]\nmin_cases = 100\ntasks = ["risk"]\n')
     assert main(command(hospital)) == 5
     out = capsys.readouterr().out
-    assert "does not allow the task segmentation" in out
-    assert "policy asks for 100" in out
+    assert "policy.tasks of this site does not have 'segmentation'" in out
+    assert "policy asks for at least 100" in out
 
 
 def test_faults_in_files_are_exit_code_2(
@@ -177,7 +177,7 @@ def test_records_are_counted_by_field(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "t.csv").write_text("id,age,y\n1,40,no\n2,?,yes\n3,400,yes\n4,50,no\n")
     (tmp_path / "site.toml").write_text(
         'name = "a"\n[data]\nformat = "table"\npath = "t.csv"\n'
-        '[data.columns]\ncase = "id"\nlabel = "y"\n'
+        '[data.columns]\ncase = "id"\nlabel = "y"\n[policy]\nsmallest_count = 1\n'
     )
     (tmp_path / "study.toml").write_text(
         'name = "r"\n[task]\nkind = "risk"\nclasses = ["no", "yes"]\n'
@@ -198,7 +198,8 @@ def test_one_class_only_is_allowed_and_said(
         pixels = np.random.default_rng(i).integers(0, 255, (8, 8), dtype=np.uint8)
         (tmp_path / "data" / "yes").mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / "data" / "yes" / f"{i}.png")
-    (tmp_path / "site.toml").write_text('name = "a"\n[data]\nformat = "image"\npath = "data"\n')
+    site = 'name = "a"\n[data]\nformat = "image"\npath = "data"\n[policy]\nsmallest_count = 1\n'
+    (tmp_path / "site.toml").write_text(site)
     study = STUDY.replace("segmentation", "classification").replace("unet", "cnn")
     study = study.replace('"background", "nodule"', '"no", "yes"')
     study = study.replace("dimensions = 3\nsize = [8, 8, 8]", "dimensions = 2\nsize = [8, 8]")

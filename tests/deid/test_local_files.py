@@ -64,7 +64,7 @@ def hospital(planted: Make, write: Write, tmp_path: Path) -> Path:
     (tmp_path / "study.toml").write_text(STUDY)
     (tmp_path / "site.toml").write_text(
         'name = "site-a"\n[data]\nformat = "dicom"\npath = "data"\ntable = "labels.csv"\n'
-        '[data.columns]\npatient = "number"\n'
+        '[data.columns]\npatient = "number"\n[policy]\nsmallest_count = 1\n'
     )
     return tmp_path
 
@@ -113,6 +113,7 @@ def test_the_cache_does_not_quote_a_broken_files_name(
     study = study.replace("dimensions = 2", "dimensions = 3").replace("[32, 32]", "[8, 8, 8]")
     (tmp_path / "study.toml").write_text(study)
     site = 'name = "a"\n[data]\nformat = "decathlon"\npath = "data"\n'
+    site += "[policy]\nsmallest_count = 1\n"
     (tmp_path / "site.toml").write_text(site)
     assert check(tmp_path, "--json") == 0
     assert json.loads(capsys.readouterr().out)["left_out"][0]["reason"] == "unreadable"

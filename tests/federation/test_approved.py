@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 from typer.testing import CliRunner
 
-from medfl.client import approved, consent
+from medfl.client import approved, consent, refusals
 from medfl.client.approved import Approved
 from medfl.client.book import Book
 from medfl.client.cli import app
 from medfl.client.composition import Charge
+from medfl.client.data.check import check
 from medfl.client.data.lineage import Used, lineage_path, rounds_with
 from medfl.client.data.own import own_cohort
 from medfl.client.flower import client_app
@@ -115,7 +117,7 @@ def test_a_site_toml_that_is_changed_stops_the_work_until_it_is_approved_again(
     before = file.read_text()
     file.write_text(before + "[privacy]\nepsilon = 1.0\ndeclared_patients = 20\n")
     refused = asked_over_flower(world, prepare(world))
-    assert refused.refusal == "not allowed by the hospital's policy"
+    assert refused.refusal == "no approval that holds at the hospital"
     (line,) = [x["about"] for x in world.finder.home.audit.lines() if x["what"] == "refused"]
     assert "site.toml has changed since the approval" in line["why"]
     world.approve()
@@ -195,6 +197,71 @@ def test_the_running_client_says_that_site_toml_has_changed_and_what_that_stops(
     assert "it holds from the next question on" in own.news()[0]
     own.file.write_text("name =")
     assert "Nothing runs until" in own.news()[0]
+
+
+def test_what_a_private_hospital_will_refuse_is_said_before_anybody_signs(world: World) -> None:
+    """`check` was ready, `approve` signed, each run was refused, and only a log file said why."""
+    file, home = world.finder.site_file, world.finder.home
+    file.write_text(file.read_text() + "[privacy]\nepsilon = 8.0\ndeclared_patients = 20\n")
+    there = ["--site", str(file), "--state", str(home.folder)]
+    remedy = 'record.scale (write "range", with a range for each number)'
+    run = CliRunner().invoke
+    checked = run(app, ["check", str(file), "--study", "tiny", "--state", str(home.folder)])
+    assert (checked.exit_code, remedy in checked.output) == (5, True), checked.output
+    shown = run(app, ["show", "tiny", *there])
+    assert "It would refuse every run of this study" in shown.output
+    assert remedy in shown.output
+    assert "Next: medfl-client approve" not in shown.output
+    signed_ = run(app, ["approve", "tiny", "--yes", *there])
+    assert isinstance(signed_.exception, PolicyRefused)
+    assert home.decision(world.study.digest) is None
+    world.approve()  # and what is foreseen is what is done
+    with pytest.raises(PolicyRefused, match=re.escape(remedy)):
+        answer(world.find(), prepare(world))
+
+
+@pytest.mark.parametrize(
+    ("site", "why"),
+    [
+        ('[policy]\ntasks = ["segmentation"]\n', "policy.tasks"),
+        ("[policy]\nrequire_secure_aggregation = true\n", "requires secure aggregation"),
+        ("[policy]\nmin_cases = 1000\n", "policy.min_cases"),
+        ("[policy]\nsmallest_count = 1000\n", "policy.smallest_count"),
+        ("[privacy]\nepsilon = 8.0\n", "privacy.declared_patients is missing"),
+    ],
+)
+def test_each_rule_that_refuses_a_question_is_foreseen_by_the_check(
+    world: World, site: str, why: str
+) -> None:
+    file = world.finder.site_file
+    file.write_text(file.read_text() + site)
+    found = check(load_site(file), world.study)
+    assert found.exit_code == PolicyRefused.exit_code
+    assert any(why in fault for fault in found.faults), found.faults
+    world.approve()
+    with pytest.raises(PolicyRefused, match=re.escape(why)):
+        answer(world.find(), prepare(world))
+
+
+def test_every_refusal_stays_in_the_status_with_its_reason_and_the_client_says_it(
+    world: World,
+) -> None:
+    home = world.finder.home
+    news = refusals.News(home)
+    assert news.news() == []
+    world.approve()
+    for _ in range(7):
+        asked_over_flower(world, with_weights(world, "round"))
+    asked_over_flower(world, replace(prepare(world), round=3))
+    said = news.news()
+    assert ["tiny, 7 times" in said[0], "3 is not one of them" in said[1]] == [True, True], said
+    assert news.news() == []
+    found = refusals.by_reason(home.audit.lines())
+    assert [each.times for each in found] == [7, 1]
+    save_record(home.enrolment_file, replace(home.enrolment(), address="unix:/nowhere"))
+    shown = CliRunner().invoke(app, ["status", "--state", str(home.folder)])
+    assert "8 questions were refused here" in shown.output
+    assert "this one did not begin here" in shown.output
 
 
 def test_a_hospital_signs_as_enrolled_and_knows_the_keys_that_are_pinned_and_approved(

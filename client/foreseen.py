@@ -1,0 +1,72 @@
+"""What this hospital will refuse of a study, with the remedy: asked before anybody signs, and again
+at every question. One list of rules, so that what is foreseen is what is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from medfl.client import budget
+from medfl.client.budget import Terms
+from medfl.client.ledger import Ledger
+from medfl.common.errors import MedflError
+from medfl.common.messages import Part
+from medfl.common.site import Policy, Site, SitePrivacy
+from medfl.common.study import Study
+
+
+def by_policy(study: Study, policy: Policy, terms: Terms | None) -> Iterator[str]:
+    """What forbids the study whatever the data are. terms: under which it would be trained."""
+    if study.task.kind not in policy.tasks:
+        yield (
+            f"policy.tasks of this site does not have {study.task.kind!r}. Whoever is responsible "
+            "may add it to policy.tasks in site.toml."
+        )
+    if policy.require_secure_aggregation and study.secure_aggregation is None:
+        yield (
+            "This site's policy requires secure aggregation, and the study has no "
+            "[secure_aggregation]: the coordinator would see this hospital's update. Ask the "
+            "coordinator for a study with it."
+        )
+    if terms is not None:
+        yield from _said(lambda: budget.refuse_undeclared(terms))
+        yield from _said(lambda: budget.refuse_unprotected(study))
+
+
+def by_size(policy: Policy, smallest: int, patients: Sequence[str]) -> Iterator[str]:
+    """Too few to take part. patients: of each training case. smallest: number spoken of."""
+    if len(patients) < policy.min_cases:
+        yield (
+            f"{len(patients)} training cases, and this site's policy asks for at least "
+            f"{policy.min_cases} (policy.min_cases)."
+        )
+    if len(set(patients)) < smallest:
+        yield (
+            f"{len(set(patients))} training patients, and this site's policy speaks of no fewer "
+            f"than {smallest} (policy.smallest_count)."
+        )
+
+
+def by_budget(
+    site: Site, study: Study, terms: Terms | None, patients: Callable[[Part], Sequence[str]]
+) -> Iterator[str]:
+    """What a whole run of the study would cost, where the ledger has no room for it."""
+    if terms is not None and terms.n_units is not None:
+        ledger = Ledger(site.ledger)
+
+        def fits() -> None:
+            uses = budget.whole_study(study, terms, "foreseen", patients)
+            budget.refuse_too_much(ledger, terms, uses)
+
+        yield from _said(fits)
+
+
+def without_data(study: Study, policy: Policy, privacy: SitePrivacy | None) -> list[str]:
+    """What can be said before the data are looked at."""
+    return list(by_policy(study, policy, budget.terms_of(study, privacy)))
+
+
+def _said(rule: Callable[[], None]) -> Iterator[str]:
+    try:
+        rule()
+    except MedflError as error:
+        yield str(error)
