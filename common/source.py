@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 
 from medfl.common.written import written
 
 Format = Literal["dicom", "nifti", "image", "decathlon", "medmnist", "hdf5", "table"]
+
+
+def _orientation(letters: str) -> str:
+    """One of each pair R/L, A/P, S/I, in any order."""
+    pairs = {"R": "x", "L": "x", "A": "y", "P": "y", "S": "z", "I": "z"}
+    if sorted(pairs.get(c, "?") for c in letters) != ["x", "y", "z"]:
+        raise PydanticCustomError(
+            "orientation", 'Input should be one of each pair R/L, A/P, S/I, such as "RAS"'
+        )
+    return letters
+
+
+Orientation = Annotated[str, AfterValidator(_orientation)]
 
 
 @written
@@ -21,6 +37,8 @@ class DataSource:
         mask, label, split, or a feature of the study; values: column names of the table.
     header: column names of a table that has no first line with names.
     masks: folder of the masks, for formats where they lie apart.
+    orientation: of NIfTI files whose header does not say where they lie (qform_code and sform_code
+        0): where the stored axes run to, such as "RAS". Without it such files are left out.
     missing: texts that stand for "no value" in the table.
     """
 
@@ -31,6 +49,7 @@ class DataSource:
     header: list[str] | None = None
     delimiter: str = ","
     masks: Path | None = None
+    orientation: Orientation | None = None
     missing: tuple[str, ...] = ("", "?", "NA", "N/A", "NaN", "nan", "null")
 
     def below(self, folder: Path) -> DataSource:
@@ -47,6 +66,7 @@ class DataSource:
             header=self.header,
             delimiter=self.delimiter,
             masks=place(self.masks),
+            orientation=self.orientation,
             missing=self.missing,
         )
 

@@ -22,6 +22,7 @@ class CaseRef:
     index: position inside a file that holds many cases (MedMNIST, HDF5), else -1.
     fields: the table's columns under the *study's* names (label, split, features, ...), raw text.
     size: spatial shape from the header where that is cheap, else ().
+    orientation: of NIfTI voxels whose header gives none, as the site declares it, else "".
     """
 
     case_id: str
@@ -31,6 +32,7 @@ class CaseRef:
     index: int = -1
     fields: Mapping[str, str] = field(default_factory=dict)
     size: tuple[int, ...] = ()
+    orientation: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,9 @@ class Picture:
 
     array: (C, *spatial) for images, (*spatial) for masks; spatial is (H, W) rows and columns in
         2-D, (X, Y, Z) voxel axes of `affine` in 3-D.
-    affine: (4, 4) voxel index -> RAS+ millimetres (nibabel's convention); None where the format
-        has none (PNG). spacing_mm: along each spatial axis; None where unknown.
+    affine: (4, 4) index along the spatial axes (in 2-D: row, column, slice) -> RAS+ millimetres;
+        None where the format has none (PNG, projections).
+    spacing_mm: along each spatial axis; None where unknown.
     outside: (*spatial), true where the file says that there is no image (padding); those
         pixels hold a dark value and count in no mean, percentile or range. None where nowhere.
     classed: a mask holds the study's class numbers already, so that no map is applied again.

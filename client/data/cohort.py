@@ -8,7 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def find_cases(source: DataSource, study: Study) -> Found:
         if ref.case_id in first:
             again.append(Quarantined(ref.case_id, "duplicate_id"))
         else:
-            first[ref.case_id] = ref
+            first[ref.case_id] = replace(ref, orientation=source.orientation or "")
     return Found(tuple(first.values()), (*found.quarantined, *again))
 
 

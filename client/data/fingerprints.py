@@ -51,7 +51,8 @@ class Fingerprints:
     def of_case(self, ref: CaseRef) -> tuple[str, str]:
         """(image, image and mask) of one case. Raises CaseError as `of_file`."""
         image = _join([*(self.of_file(f) for f in ref.files), str(ref.index)])
-        mask = _join([image, *(self.of_file(f) for f in ref.mask_files)])
+        declared = [ref.orientation] if ref.orientation else []
+        mask = _join([image, *(self.of_file(f) for f in ref.mask_files), *declared])
         return image, mask
 
 

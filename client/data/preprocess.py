@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from medfl.client.data import resample
 from medfl.client.data.cases import Picture
 from medfl.client.data.mask_values import class_mask
+from medfl.client.data.space import check_upright, onto
 from medfl.common.errors import CaseError
 from medfl.common.study import ImageInput, Study
 
@@ -67,11 +68,13 @@ def prepare(image: Picture, mask: Picture | None, study: Study) -> Prepared:
     inside = None if image.outside is None else _inside(image.array, image)
     if mask is not None:
         mask = replace(mask, array=class_mask(mask, study.task))
+    if mask is not None:
+        mask = onto(mask, image, rule.dimensions, "mask_geometry")
     if rule.dimensions == 3:
+        if image.affine is not None:
+            check_upright(image.affine, image.array.shape[1:])
         image = _oriented(image, rule.orientation, first_axis=1)
         mask = None if mask is None else _oriented(mask, rule.orientation, first_axis=0)
-    if mask is not None:
-        _check_grid(image, mask)
     values, classes = _resampled(image, mask, rule)
     values = _scaled(values, values if inside is None else inside, rule)
     return Prepared(*_fitted(values, classes, rule), facts)
@@ -155,21 +158,6 @@ def _oriented(picture: Picture, letters: str, *, first_axis: int) -> Picture:
         picture.affine @ turns.inv_ornt_aff(turn, shape),
         None if spacing is None else tuple(spacing[int(i)] for i in order),
     )
-
-
-def _check_grid(image: Picture, mask: Picture) -> None:
-    """Same shape, and every corner of the grid within a tenth of a voxel. Raises CaseError."""
-    shape = image.array.shape[1:]
-    if mask.array.shape != shape:
-        raise CaseError("mask_geometry", f"{mask.array.shape} for an image of {shape}")
-    if image.affine is None or mask.affine is None:
-        return
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(len(shape), -1)
-    homogeneous = np.vstack([corners, np.ones(corners.shape[1])])
-    distance = np.abs((image.affine - mask.affine) @ homogeneous).max()
-    voxel = np.linalg.norm(image.affine[:3, :3], axis=0).min()
-    if distance > 0.1 * voxel + 1e-3:
-        raise CaseError("mask_geometry", f"the grids lie up to {distance:.1f} mm apart")
 
 
 def _resampled(

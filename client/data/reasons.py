@@ -20,6 +20,11 @@ REASONS: dict[str, str] = {
     "damaged; export it again.",
     "bad_affine": "The header does not say where the volume lies in the body. Convert it again "
     "from DICOM.",
+    "no_affine": "The NIfTI header does not say where the volume lies (qform_code and sform_code "
+    "are 0), so that left and right cannot be told. Convert it again from DICOM, or declare "
+    "`orientation` in site.toml if all such files are known to have one.",
+    "sheared": "The slices are shifted against each other (gantry tilt), so that the volume is no "
+    "box. Convert it with a program that corrects the tilt, such as dcm2niix.",
     "dimensions": "The image has another number of dimensions than the study expects (one slice "
     "instead of a volume, or the reverse). Check that the right images are in the folder.",
     "channels": "The image has another number of channels than the study expects. Check that all "
@@ -101,8 +106,9 @@ REASONS: dict[str, str] = {
     '= NO). Have it checked and tagged "NO" if it is clean.',
     "no_orientation": "The slices do not say where they lie in the body. Export the original "
     "series instead of a derived one.",
-    "mixed_geometry": "The slices of the series differ in size, spacing or direction (a localizer, "
-    "or several series in one). Choose the series that the study means.",
+    "mixed_geometry": "The slices of the series, or the channels' files, differ in size, spacing, "
+    "place or direction (a localizer, several series in one, sequences that were not registered). "
+    "Choose the series that the study means, or bring all channels onto one grid.",
     "slice_gap": "The slices are not evenly spaced: probably one is missing. Send the whole "
     "series again from the archive.",
     "several_volumes": "The series holds several volumes of the same place (over time, echoes or "

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medfl.client.readers.dicom_geometry import Place, stack
+from medfl.client.readers.dicom_geometry import Place, plane_affine, stack
 from medfl.client.readers.dicom_values import background, frames, functional
 from medfl.common.errors import CaseError
 
@@ -108,10 +108,19 @@ def plane(datasets: Sequence[Any]) -> Answer:
     if len(values) != 1:
         raise CaseError("dimensions", f"{len(values)} frames instead of one")
     array = values[0] if values.ndim == 4 else values[0][..., np.newaxis]
-    spacing = frame_places(datasets[0])[0].spacing
+    place = frame_places(datasets[0])[0]
     plain = {
-        "affine": None,
-        "spacing_mm": spacing or None,
+        "affine": _flat_affine(place),
+        "spacing_mm": place.spacing or None,
         "background": background(datasets[0]),
     }
     return plain, np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _flat_affine(place: Place) -> list[list[float]] | None:
+    """(row, column, slice) index -> RAS mm; None where the file does not say (projections)."""
+    if not (len(place.position) == 3 and len(place.orientation) == 6 and len(place.spacing) == 2):
+        return None
+    normal = np.cross(place.orientation[:3], place.orientation[3:])
+    affine: list[list[float]] = plane_affine(place, normal)[:, [1, 0, 2, 3]].tolist()
+    return affine

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import math
 import re
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medfl.client.data.cases import CaseRef, Found, Picture, Quarantined
-from medfl.client.readers import image as images
+from medfl.client.data.space import onto
 from medfl.client.readers.rows import (
     confined,
     files_below,
@@ -29,6 +31,8 @@ from medfl.common.study import Study
 SUFFIXES = (".nii.gz", ".nii")
 # A volume above this is a damaged header or an attack on memory: the largest clinical CT is 2 GB.
 MAX_BYTES = 8 * 1024**3
+# The header's own unit of length; without one it is taken for millimetres, as all programs do.
+_MM = {"meter": 1000.0, "mm": 1.0, "micron": 1e-3}
 _CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
@@ -100,11 +104,13 @@ def _with_sizes(found: Found) -> Found:
 
 def load(ref: CaseRef, study: Study) -> Picture:
     """One case; several files are its channels. Raises CaseError."""
-    parts = [read(file) for file in ref.files]
+    parts = [read(file, ref.orientation) for file in ref.files]
     first = parts[0]
-    if any(p.array.shape[1:] != first.array.shape[1:] for p in parts):
+    dimensions = first.array.ndim - 1
+    if any(p.array.ndim - 1 != dimensions for p in parts):
         raise CaseError("mixed_geometry", "the channels' files differ in size")
-    return replace(first, array=np.concatenate([p.array for p in parts]))
+    others = [onto(p, first, dimensions, "mixed_geometry") for p in parts[1:]]
+    return replace(first, array=np.concatenate([p.array for p in (first, *others)]))
 
 
 def load_mask(ref: CaseRef, study: Study) -> Picture:
@@ -113,15 +119,22 @@ def load_mask(ref: CaseRef, study: Study) -> Picture:
         raise CaseError("mask_missing")
     file = ref.mask_files[0]
     if not file.name.lower().endswith(SUFFIXES):
-        return images.read_mask(file, study.task)
-    picture = read(file)
+        # Rows of a NIfTI slice may run up or down; those of a picture do not say which.
+        raise CaseError("mask_geometry", "a picture does not say where it lies on a NIfTI slice")
+    picture = read(file, ref.orientation)
     if picture.array.shape[0] != 1:
         raise CaseError("mask_geometry", "the mask holds more than one volume")
     return replace(picture, array=picture.array[0])
 
 
-def read(path: Path) -> Picture:
-    """A NIfTI file as (C, X, Y, Z), or (C, H, W) for a single slice. Raises CaseError."""
+def read(path: Path, declared: str = "") -> Picture:
+    """A NIfTI file as (C, X, Y, Z), or (C, H, W) for a single slice.
+
+    declared: orientation of the stored voxels where the header gives none (RAS and the like).
+
+    Raises:
+        CaseError: "unreadable", "too_large", "bad_affine", "no_affine" or "dimensions".
+    """
     volume: Any = _open(path)
     shape = tuple(int(n) for n in volume.shape)
     if math.prod(shape) * np.dtype(np.float64).itemsize > MAX_BYTES:
@@ -132,16 +145,43 @@ def read(path: Path) -> Picture:
         raise CaseError("unreadable", f"{path.name}: {error}") from None
     if array.dtype.fields is not None or array.dtype.kind not in "iufb":
         raise CaseError("unreadable", f"values of type {array.dtype}")
-    affine = np.asarray(volume.affine, dtype=np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    affine = _affine(volume, declared)
+    if not np.isfinite(affine).all() or (np.linalg.norm(affine[:3, :3], axis=0) < 1e-9).any():
         raise CaseError("bad_affine", path.name)
     spacing = tuple(float(s) for s in np.linalg.norm(affine[:3, :3], axis=0))
+    if abs(np.linalg.det(affine[:3, :3] / np.array(spacing))) < 1e-3:
+        raise CaseError("bad_affine", path.name)
     array = _channels_first(array)
     if array.shape[-1] == 1 or array.ndim == 3:
         # X runs along columns, so that a slice as rows and columns is its transpose.
         flat = array.reshape(array.shape[:3]).transpose(0, 2, 1)
-        return Picture(flat, None, (spacing[1], spacing[0]))
+        return Picture(flat, affine[:, [1, 0, 2, 3]], (spacing[1], spacing[0]))
     return Picture(array, affine, spacing)
+
+
+def _affine(volume: Any, declared: str) -> NDArray[np.float64]:
+    """Voxel index -> RAS mm: sform, else qform, else what the site declares; in its own units.
+
+    Without both codes the standard knows no place, and programs disagree about left and right.
+    """
+    orientations: Any = importlib.import_module("nibabel.orientations")
+    header = volume.header
+    try:
+        unit = _MM.get(header.get_xyzt_units()[0], 1.0)
+    except KeyError:
+        unit = 1.0
+    if int(header["sform_code"]) > 0 or int(header["qform_code"]) > 0:
+        affine = np.array(volume.affine, dtype=np.float64)
+    elif declared:
+        affine = np.eye(4)
+        zooms = (*(float(z) for z in header.get_zooms()[:3]), 1.0)
+        affine[:3, :3] = 0
+        for axis, (to, sign) in enumerate(orientations.axcodes2ornt(tuple(declared))):
+            affine[int(to), axis] = sign * zooms[axis]
+    else:
+        raise CaseError("no_affine", "qform_code and sform_code are 0")
+    affine[:3] *= unit
+    return affine
 
 
 def _channels_first(array: NDArray[np.generic]) -> NDArray[np.generic]:
@@ -161,6 +201,27 @@ def _open(path: Path) -> Any:
     from nibabel.spatialimages import HeaderDataError
 
     try:
+        with path.open("rb") as file:
+            gzipped = file.read(2) == b"\x1f\x8b"
+        if path.name.lower().endswith(".gz") and not gzipped:
+            return _uncompressed(path)
         return nibabel.load(path)
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
         raise CaseError("unreadable", f"{path.name}: {error}") from None
+
+
+def _uncompressed(path: Path) -> Any:
+    """A plain file whose name says that it is compressed."""
+    import nibabel
+    from nibabel.fileholders import FileHolder
+
+    if path.stat().st_size > MAX_BYTES:
+        raise CaseError("too_large", path.name)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:4], "little")
+    # The header begins with its own length, in either order of bytes.
+    kinds: Any = {348: nibabel.Nifti1Image, 540: nibabel.Nifti2Image}
+    kind = kinds.get(length) or kinds.get(int.from_bytes(content[:4], "big"))
+    if kind is None or len(content) < 348:
+        raise CaseError("unreadable", f"{path.name}: neither gzip nor NIfTI")
+    return kind.from_file_map({"image": FileHolder(fileobj=io.BytesIO(content))})
