@@ -19,6 +19,7 @@ from medfl.server.cli_runs import add_run_commands
 
 if TYPE_CHECKING:
     from medfl.server.federation import Federation
+    from medfl.server.runs import Run
 
 app = cli.new_app()
 
@@ -195,7 +196,7 @@ def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
         f"({settings.listen}); its certificate lasts {days:.0f} days.",
         *authority.ending(federation),
         f"{plain['sites']} sites; studies: {', '.join(names) or 'none'}.",
-        *(f"{r.id}: {r.state}, round {r.round} of {r.rounds}" for r in open_runs),
+        *(_stands(federation, r) for r in open_runs),
         f"Audit log: {plain['audit']}.",
         "Next: medfl-server sites, runs or log"
         if pid
@@ -347,6 +348,13 @@ def _opened(folder: Path) -> tuple[Federation, Any]:
     from medfl.server.settings import load_settings, open_federation
 
     return open_federation(folder), load_settings(folder)
+
+
+def _stands(federation: Federation, run: Run) -> str:
+    from medfl.server import runs
+
+    why = runs.queued_behind(federation, run) or "; ".join(run.missing)
+    return f"{run.id}: {run.state}, round {run.round} of {run.rounds}{why and f' ({why})'}"
 
 
 def _about(about: dict[str, Any]) -> str:

@@ -88,7 +88,10 @@ def list_(folder: Folder = HERE, as_json: AsJson = False) -> None:
 def run(
     study: Annotated[str, typer.Argument(help="A published study: name, or digest's beginning.")],
     folder: Folder = HERE,
-    seed: Annotated[int, typer.Option(help="Same seed and sites, same bits, on the CPU.")] = 42,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Same seed and sites, same bits, on the CPU.", show_default="42"),
+    ] = None,
     wait: Annotated[
         float, typer.Option(min=1, help="Seconds to wait for approvals and connections.")
     ] = 3600.0,
@@ -105,6 +108,7 @@ def run(
 
     Example: medfl-server run lung --folder ~/fed
     """
+    from medfl.common.errors import ConfigError
     from medfl.server import runs as queue
     from medfl.server import service, studies
     from medfl.server.settings import open_federation
@@ -114,7 +118,13 @@ def run(
     asked = queue.latest(federation, made.name)
     if asked is None or asked.digest != made.digest:
         rounds = int(json.loads(made.study)["federation"]["rounds"])
-        asked = queue.ask(federation, made, rounds, seed=seed, wait_s=wait, deadline_s=deadline)
+        drawn = 42 if seed is None else seed
+        asked = queue.ask(federation, made, rounds, seed=drawn, wait_s=wait, deadline_s=deadline)
+    elif seed not in (None, asked.seed):
+        raise ConfigError(
+            f"--seed: {asked.id} is {asked.state} with seed {asked.seed}. Leave --seed out to look "
+            f"on, or wait for its end, or end it with: medfl-server stop {asked.id}"
+        )
     if detach:
         lines = [f"Asked for {asked.id}.", f"Next: medfl-server runs --folder {folder}"]
         _show({"run": asked.id, "state": asked.state}, lines, as_json)
@@ -158,8 +168,13 @@ def runs(folder: Folder = HERE, as_json: AsJson = False) -> None:
     from medfl.server import runs as queue
     from medfl.server.settings import open_federation
 
-    found = queue.everything(open_federation(folder))
-    lines = [f"{r.id}  {r.state}, round {r.round} of {r.rounds}  {r.why}".rstrip() for r in found]
+    federation = open_federation(folder)
+    found = queue.everything(federation)
+    lines = [
+        f"{r.id}  {r.state}, round {r.round} of {r.rounds}  "
+        f"{r.why or queue.queued_behind(federation, r)}".rstrip()
+        for r in found
+    ]
     _show({"runs": [_plain(r) for r in found]}, lines or [NO_RUN], as_json)
 
 
@@ -204,8 +219,13 @@ def _follow(federation: Federation, run_id: str, *, quiet: bool) -> Run:
 
     shown: RoundRecord | None = None
     missing: tuple[str, ...] = ()
+    behind = ""
     while True:
         now = queue.load(federation, run_id)
+        queued = queue.queued_behind(federation, now)
+        if queued and queued.split(",")[:2] != behind.split(",")[:2] and not quiet:
+            typer.echo(f"Waiting. {queued}")
+        behind = queued
         if now.state == "waiting" and now.missing != missing and not quiet:
             missing = now.missing
             typer.echo(f"Waiting. Missing: {'; '.join(missing) or 'nobody any more'}")

@@ -135,7 +135,7 @@ class Engine:
         seed: int,
         run: str = "main",
         deadline_s: float = 3600.0,
-        only: Collection[str] | None = None,
+        only: Callable[[], Collection[str]] | None = None,
         attempt: int = 0,
         earlier: Earlier | None = None,
         on_round: Callable[[RoundRecord, Tensors], None] = lambda record, weights: None,
@@ -144,7 +144,7 @@ class Engine:
         bundle: bytes | None = None,
         door: Door | None = None,
     ) -> Outcome:
-        """Run one study with the hospitals that are connected now, or those of them in `only`.
+        """Run one study with the hospitals that are connected, or those of them in `only()`.
 
         attempt, earlier, on_round, keep: as `run_study` takes them. check: called while sites are
         waited for; what it raises ends the run. bundle: only for tests, which send what medfl

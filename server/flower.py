@@ -78,8 +78,8 @@ class ConnectedSites:
     deadline_s: the longest for the answers to one question, counted from when it was asked; what
         sites took before shortens it (`Patience`). Who has not answered by then is a refusal. A
         hospital that came back without what it was given, because its machine restarted, is asked
-        again, and so is one whose question went down with the SuperLink. only: who may take part;
-        None = who is connected.
+        again, and so is one whose question went down with the SuperLink. only: who may take part
+        now; None = who is connected.
     door: checks each answer's seal and approval. check: called while waiting; it may raise.
     """
 
@@ -89,7 +89,7 @@ class ConnectedSites:
         roster: Roster,
         *,
         deadline_s: float = 3600.0,
-        only: Collection[str] | None = None,
+        only: Callable[[], Collection[str]] | None = None,
         door: Door | None = None,
         check: Callable[[], None] = lambda: None,
     ) -> None:
@@ -99,7 +99,8 @@ class ConnectedSites:
 
     def names(self) -> list[str]:
         """Who is connected and may take part, ascending."""
-        return [s for s in self._roster.sites() if self._only is None or s in self._only]
+        may = None if self._only is None else self._only()
+        return [s for s in self._roster.sites() if may is None or s in may]
 
     def ask(self, instructions: Iterable[tuple[str, Instruction]]) -> Iterator[Reply]:
         """One reply an instruction, in order; at most one waits in memory."""

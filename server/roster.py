@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from medfl.common import statistics
@@ -21,6 +21,10 @@ log = logging.getLogger(__name__)
 
 # As in site.toml; another text could name a file or a person.
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+# An answer that did not come in time may come when it is asked for again.
+UNANSWERED = ("not connected", "late", "no answer")
+_TRIES = 3
 
 # Site name -> address, in order of the names: sums must not depend on who came first.
 Roster = Mapping[str, str]
@@ -50,8 +54,14 @@ class Prepared:
     unlike: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def prepare(study: Study, sites: Sites, say: Instruction) -> Prepared:
-    """Ask all hospitals. Raises FederationError if fewer than federation.min_sites take part."""
+def prepare(
+    study: Study, sites: Sites, say: Instruction, closed: set[str] | None = None
+) -> Prepared:
+    """Ask all hospitals. closed: gets the addresses of those that answered, and take no part.
+
+    Raises:
+        FederationError: fewer than federation.min_sites take part.
+    """
     addresses = sites.names()
     found: dict[str, str] = {}
     parts: dict[str, LocalStatistics] = {}
@@ -62,6 +72,8 @@ def prepare(study: Study, sites: Sites, say: Instruction) -> Prepared:
         name = reply.site if _NAME.fullmatch(reply.site) else address
         if part is None or name in found:
             refused[name] = why or "two sites have this name"
+            if closed is not None and why not in UNANSWERED:
+                closed.add(address)
             log.warning("site=%s takes no part: %s", name, refused[name])
         else:
             found[name], parts[name], cases[name] = address, part, reply.n_cases
@@ -77,6 +89,65 @@ def prepare(study: Study, sites: Sites, say: Instruction) -> Prepared:
     for name, fields in odd.items():
         log.warning("site=%s is unlike the others: %s", name, "; ".join(fields))
     return Prepared({n: found[n] for n in ordered}, cases, shared, refused, odd)
+
+
+@dataclass(slots=True)
+class Latecomers:
+    """Who may still join: hospitals that were not there, or late, when the others prepared.
+
+    They train with what the others share, to which they add nothing. closed: addresses that
+    answered and take no part. tries: questions by address.
+    """
+
+    study: Study
+    sites: Sites
+    closed: set[str] = field(default_factory=set)
+    tries: dict[str, int] = field(default_factory=dict)
+
+    def join(self, prepared: Prepared, say: Instruction) -> Prepared:
+        """`prepared` with those who can take part from now on. say: as `prepare` was asked.
+
+        A secure sum keeps its set of hospitals, and [site_privacy] its sampling: nobody joins them.
+        """
+        if self.study.secure_aggregation is not None or self.study.site_privacy is not None:
+            return prepared
+        wanted = [a for a in self.sites.names() if self._may_join(a, prepared)]
+        for address in wanted:
+            self.tries[address] = self.tries.get(address, 0) + 1
+        replies = self.sites.ask((a, say) for a in wanted)
+        for address, reply in zip(wanted, replies, strict=True):
+            if reply.refusal not in UNANSWERED:
+                self.closed.add(address)
+            prepared = _joined(prepared, address, reply)
+        return prepared
+
+    def _may_join(self, address: str, prepared: Prepared) -> bool:
+        if address in prepared.roster.values() or address in self.closed:
+            return False
+        if self.tries.get(address, 0) >= _TRIES:
+            return False
+        return prepared.refused.get(address, UNANSWERED[0]) in UNANSWERED
+
+
+def _joined(prepared: Prepared, address: str, reply: Reply) -> Prepared:
+    part, why = _part_of(cleaned(reply, ()))
+    name = reply.site if _NAME.fullmatch(reply.site) else address
+    if name in prepared.roster:
+        name, why = address, "two sites have this name"
+    elif part is not None and part.private and not prepared.shared.private:
+        why = "trains under differential privacy, and the model was made without such hospitals"
+    if part is None or why:
+        log.warning("site=%s does not join: %s", name, why)
+        return replace(prepared, refused={**prepared.refused, name: why})
+    log.warning("site=%s joins", name)
+    roster = {**prepared.roster, name: address}
+    refused = {n: w for n, w in prepared.refused.items() if n not in (name, address)}
+    return replace(
+        prepared,
+        roster={n: roster[n] for n in sorted(roster)},
+        cases={**prepared.cases, name: reply.n_cases},
+        refused=refused,
+    )
 
 
 def _part_of(reply: Reply) -> tuple[LocalStatistics | None, str]:

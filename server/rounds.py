@@ -31,7 +31,7 @@ from medfl.common.tensors import Array, Tensors
 from medfl.server.average import average_of, averaged, first_averaged
 from medfl.server.checkpoint import Checkpoint, Model
 from medfl.server.records import Best, RoundRecord, named, round_record, size
-from medfl.server.roster import Prepared, Roster, Sites, ask, ask_each, prepare
+from medfl.server.roster import Latecomers, Prepared, Roster, Sites, ask, ask_each, prepare
 from medfl.server.secure_round import Ahead, SecureRound, Terms
 from medfl.strategies import buffers as averages
 from medfl.strategies.admission import cleaned, fault_of, opened
@@ -72,7 +72,7 @@ class Earlier:
 
 @dataclass(frozen=True, slots=True)
 class _Federation:
-    """What stays the same over all rounds.
+    """What stays the same over all rounds, but for hospitals that join (`prepared`).
 
     travels: parameters that sites send. buffers: those of them that are only averaged.
     ahead: by round, the keys of its secure sum that the round before has left; lost with the
@@ -122,8 +122,10 @@ def run_study(
     say = Instruction(
         kind="prepare", study_digest=study.digest, run=run, attempt=attempt, seed=seed
     )
-    prepared = earlier.checkpoint.prepared if earlier else prepare(study, sites, say)
+    late = Latecomers(study, sites)
+    prepared = earlier.checkpoint.prepared if earlier else prepare(study, sites, say, late.closed)
     _refuse_unseen_choice(study, prepared.shared)
+    first_question = say
     say = replace(say, shared=statistics.statistics_to_plain(prepared.shared))
     strategy = strategy_for(study, noise_key)
     model, travels, buffers = _start(study, strategy, prepared.shared, seed)
@@ -132,6 +134,9 @@ def run_study(
     records = list(earlier.records) if earlier else []
     first = earlier.checkpoint.record.round + 1 if earlier else 1
     for number in range(first, study.federation.rounds + 1):
+        if number > 1:
+            prepared = late.join(prepared, first_question)
+            federation = replace(federation, prepared=prepared)
         record, model = _round(federation, model, number)
         keep(Checkpoint(prepared, model, record))
         records.append(record)

@@ -123,6 +123,19 @@ def latest(federation: Federation, study: str) -> Run | None:
     return open_[-1] if open_ else None
 
 
+def queued_behind(federation: Federation, run: Run) -> str:
+    """What a waiting run waits for before its turn comes; "" where it is its turn."""
+    if run.state != "waiting":
+        return ""
+    before = [r for r in everything(federation) if r.state not in OVER and r.id != run.id]
+    running = [r for r in before if r.state == "running" or r.created < run.created]
+    if not running:
+        return ""
+    first = min(running, key=lambda r: (r.state != "running", r.created, r.id))
+    where = f"round {first.round} of {first.rounds}"
+    return f"queued: one run at a time, and {first.id} is {first.state}, {where}"
+
+
 def stop(federation: Federation, run_id: str) -> bool:
     """Ask a run to end after its present round; False where it is over."""
     run = load(federation, run_id)

@@ -60,7 +60,7 @@ def serve(
             write_private(federation.state / "server.pid", f"{os.getpid()}\n".encode())
             federation.record("server started", port=gateway.port)
             ready(gateway.port)
-            _work(federation, engine, stopping)
+            _work(federation, engine, stopping, settings.connect_wait_s)
         finally:
             if gateway is not None:
                 gateway.stop()
@@ -83,7 +83,9 @@ def running_pid(federation: Federation) -> int | None:
         return None
 
 
-def _work(federation: Federation, engine: Engine, stopping: threading.Event) -> None:
+def _work(
+    federation: Federation, engine: Engine, stopping: threading.Event, connect_s: float
+) -> None:
     for run in runs.take_up(federation):
         federation.record("run taken up", run=run.id, attempt=run.attempt)
         log.warning("run=%s was interrupted; it goes on", run.id)
@@ -91,7 +93,7 @@ def _work(federation: Federation, engine: Engine, stopping: threading.Event) -> 
         try:
             queue = [r for r in runs.everything(federation) if r.state == "waiting"]
             for run in queue[:1]:
-                _supervised(federation, engine, run, stopping)
+                _supervised(federation, engine, run, stopping, connect_s)
         except Exception:
             # A moment without descriptors, threads or disk: hospitals are answered meanwhile.
             log.exception("the queue of runs could not be worked off; trying again")
@@ -99,11 +101,18 @@ def _work(federation: Federation, engine: Engine, stopping: threading.Event) -> 
 
 
 def _supervised(
-    federation: Federation, engine: Engine, run: Run, stopping: threading.Event
+    federation: Federation,
+    engine: Engine,
+    run: Run,
+    stopping: threading.Event,
+    connect_s: float,
 ) -> None:
     """One run in a thread that cannot hold up the server's end; no error of it ends the server."""
     work = threading.Thread(
-        target=work_off, args=(federation, engine, run, stopping), name="run", daemon=True
+        target=work_off,
+        args=(federation, engine, run, stopping, connect_s),
+        name="run",
+        daemon=True,
     )
     work.start()
     while work.is_alive() and not stopping.is_set():

@@ -30,7 +30,8 @@ class ServerSettings:
         time; a hospital that waits for work holds one and needs one more, so two a hospital. They
         are threads that begin when they are needed. connections: from all addresses together, if
         the machine allows so many descriptors; one address has a quarter, so write more where many
-        hospitals come through one proxy.
+        hospitals come through one proxy. connect_wait_s: so long a run waits, once enough hospitals
+        are there, for the others that have approved; who comes later joins at the next round.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ServerSettings:
     invitation_hours: Positive = 24.0
     workers: Count = 512
     connections: Count = 4096
+    connect_wait_s: Positive = 60.0
 
     def faults(self) -> list[str]:
         """Contradictions between keys, one line each."""

@@ -30,12 +30,18 @@ log = logging.getLogger(__name__)
 _LOOK_S = 0.5
 # Until a disk that was full is tried again.
 _FULL_DISK_S = 5.0
-# Those who have approved get a moment to connect; then the others go on without them.
-_CONNECT_S = 5.0
 
 
-def work_off(federation: Federation, engine: Engine, run: Run, stopping: threading.Event) -> None:
+def work_off(
+    federation: Federation,
+    engine: Engine,
+    run: Run,
+    stopping: threading.Event,
+    connect_s: float,
+) -> None:
     """Do what a run asks for, and write down how it ended.
+
+    connect_s: for those who have approved to connect, once there are enough.
 
     A run that the server's end interrupts stays as it is on disk: the next start takes it up.
     """
@@ -45,7 +51,7 @@ def work_off(federation: Federation, engine: Engine, run: Run, stopping: threadi
         runs.folder_of(federation, run.id), federation.signing_key(), run.digest, run.id
     )
     try:
-        _run(federation, engine, run, kept, stopping)
+        _run(federation, engine, run, kept, stopping, connect_s)
         kept.drop()
     except Interrupted as error:
         if runs.is_to_stop(federation, run.id) or not stopping.is_set():
@@ -84,6 +90,7 @@ def _run(
     run: Run,
     kept: Checkpoints,
     stopping: threading.Event,
+    connect_s: float,
 ) -> None:
     from medfl.server.admit import Door
 
@@ -93,7 +100,7 @@ def _run(
 
     study = study_text.from_text(studies.find(federation, run.digest).study)
     last = kept.last() if run.attempt else None
-    sites = _quorum(federation, engine, run, study, check)
+    sites = _quorum(federation, engine, run, study, check, connect_s)
     run = replace(run, state="running", sites=tuple(sites), missing=())
     runs.save(federation, run)
     federation.record("run started", run=run.id, study=run.digest, sites=sites, attempt=run.attempt)
@@ -102,7 +109,7 @@ def _run(
         seed=run.seed,
         run=run.id,
         deadline_s=run.deadline_s,
-        only=sites,
+        only=lambda: studies.approvals(federation, run.digest),
         attempt=run.attempt,
         earlier=_earlier(federation, run, last),
         on_round=_note_rounds(federation, run, study.federation.rounds, check),
@@ -135,20 +142,28 @@ def _earlier(federation: Federation, run: Run, last: Checkpoint | None) -> Earli
 
 
 def _quorum(
-    federation: Federation, engine: Engine, run: Run, study: Study, check: Callable[[], None]
+    federation: Federation,
+    engine: Engine,
+    run: Run,
+    study: Study,
+    check: Callable[[], None],
+    connect_s: float,
 ) -> list[str]:
-    """Sites that have approved and are connected, once they are enough.
+    """Sites that have approved and are connected, once they are all, or enough after `connect_s`.
 
     Raises:
         FederationError: they were not in time; the message names who is missing and why.
         Interrupted: somebody stopped the run or the server.
     """
     need, end = max(1, study.federation.min_sites), time.monotonic() + run.wait_s
+    enough_since = time.monotonic()
     while True:
         approved = set(studies.approvals(federation, run.digest))
         there = approved & set(engine.roster.sites())
         missing = tuple(_missing(federation, run.digest, there))
-        patient = time.monotonic() < end - run.wait_s + _CONNECT_S
+        if len(there) < need:
+            enough_since = time.monotonic()
+        patient = time.monotonic() < min(end, enough_since + connect_s)
         if len(there) >= need and not (approved - there and patient):
             return sorted(there)
         if missing != run.missing:
@@ -189,7 +204,12 @@ def _note_rounds(
         if record.round > rounds:
             return  # the last model's validation: the training is over
         _record_round(federation, run, record)
-        runs.save(federation, replace(runs.load(federation, run.id), round=record.round))
+        now = runs.load(federation, run.id)
+        joined = {str(s["name"]) for s in record.sites} - set(now.sites)
+        if joined:
+            federation.record("joined", run=run.id, round=record.round, sites=sorted(joined))
+        sites = tuple(sorted({*now.sites, *joined}))
+        runs.save(federation, replace(now, round=record.round, sites=sites))
         check()
         _refuse_stopped(federation, run)
 

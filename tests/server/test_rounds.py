@@ -19,6 +19,7 @@ from medfl.common.messages import Instruction, Reply, refusal
 from medfl.common.seeds import derive
 from medfl.common.study import Study
 from medfl.common.tensors import Tensors, digest
+from medfl.server.checkpoint import Checkpoint
 from medfl.server.records import Best
 from medfl.server.rounds import Outcome, draw, run_study
 from medfl.strategies.catalogue import study_faults
@@ -226,6 +227,54 @@ def test_sites_are_drawn_without_replacement_and_in_order() -> None:
     assert all(len(set(d)) == 4 and d == sorted(d) for d in drawn)
     counts = [sum(n in d for d in drawn) for n in names]
     assert min(counts) > 90  # expected 133
+
+
+class Late(Here):
+    """Hospital c is connected from the second round on, or answers `prepare` late once."""
+
+    def __init__(self, hospitals: Sequence[Hospital], late: bool = False) -> None:
+        super().__init__(hospitals)
+        self._late = late
+
+    def names(self) -> list[str]:
+        there = any(asked.kind == "round" for _, asked in self.asked)
+        return [a for a in super().names() if there or self._late or a != "node 2"]
+
+    def ask(self, instructions: Iterable[tuple[str, Instruction]]) -> Iterator[Reply]:
+        for address, asked in instructions:
+            if self._late and address == "node 2" and asked.kind == "prepare":
+                self._late = False
+                yield Reply(site=address, refusal="late")
+            else:
+                yield from super().ask([(address, asked)])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_who_was_not_there_for_prepare_joins_at_the_next_round(
+    risk_study: MakeStudy, risk_hospital: MakeHospital, tmp_path: Path, late: bool
+) -> None:
+    """As it was: out of all rounds."""
+    study = risk_study(federation={"rounds": 3})
+    made = [risk_hospital(study, tmp_path, XS[n], YS[n], name=n) for n in "abc"]
+    kept: list[Checkpoint] = []
+    sites = Late(made, late)
+    outcome = run_study(study, sites, seed=1, keep=kept.append)
+    assert trained_on(outcome)[:3] == [["a", "b"], ["a", "b", "c"], ["a", "b", "c"]]
+    assert outcome.refused == {}
+    assert list(kept[0].prepared.roster) == ["a", "b"]
+    assert dict(kept[1].prepared.cases) == {"a": 3, "b": 2, "c": 4}
+
+
+def test_nobody_joins_a_secure_sum_or_a_sampling_that_began_without(
+    risk_study: MakeStudy, risk_hospital: MakeHospital, tmp_path: Path
+) -> None:
+    study = risk_study(
+        federation={"rounds": 2, "min_sites": 2, "weighting": "equal"},
+        site_privacy={"epsilon": 8.0, "delta": 1e-3, "clip": 1.0, "sites": 3},
+    )
+    made = [risk_hospital(study, tmp_path, XS[n], YS[n], name=n) for n in "abc"]
+    outcome = run_study(study, Late(made), seed=1)
+    assert trained_on(outcome)[:2] == [["a", "b"], ["a", "b"]]
 
 
 # --- the best model ----------------------------------------------------------------------------
