@@ -181,8 +181,10 @@ class Federation:
         two: small hospitals count more than their cases, and less than equally), or equal.
     min_sites: fewer answers than this, and the round is void.
     sites_per_round: so many are drawn each round; omitted, all take part.
-    keep: which model is published: the last, the best by `best_metric` on validation parts, or the
-        average of the models of the second half of the rounds, which has less of privacy's noise.
+    keep: which model is published: the last, the best by `best_metric` on validation parts (mean
+        over the hospitals that both rounds have it of; the earlier of equals; with sites_per_round
+        only rounds that the same hospitals judged are compared), or the average of the models of
+        the second half of the rounds, which has less of privacy's noise.
     updates: numbers in which updates travel (`medfl.common.packing`), all packed without loss:
         float32 as they are, float16 in half the bytes, int8 in a quarter and int4 in an eighth,
         where each hospital keeps what rounding took away and adds it to its next update. Under
@@ -515,6 +517,12 @@ def _federation_faults(study: Study) -> list[str]:
     federation, faults = study.federation, []
     if federation.keep == "best" and federation.best_metric is None:
         faults.append('federation.best_metric: is missing; keep = "best" needs the metric to go by')
+    if federation.keep == "best" and not study.evaluation.validation:
+        if study.evaluation.split != "given":
+            faults.append(
+                'evaluation.validation: is 0, and keep = "best" chooses by validation cases; give '
+                'them a share, or write keep = "last"'
+            )
     if federation.sites_per_round is not None and federation.sites_per_round < federation.min_sites:
         faults.append("federation.sites_per_round: must be at least federation.min_sites")
     return faults

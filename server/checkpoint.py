@@ -77,6 +77,7 @@ class _About:
     best_round: int
     best_value: float | None
     record: dict[str, Any]
+    best_sites: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,7 @@ def _about(checkpoint: Checkpoint, study: str, run: str) -> _About:
         best_round=model.best.round,
         best_value=model.best.value,
         record=asdict(checkpoint.record),
+        best_sites=dict(model.best.sites),
     )
 
 
@@ -183,7 +185,9 @@ def _model(about: _About, digest: str, arrays: Tensors) -> Model:
         found.setdefault(slot, {})[rest] = array
     slots = {slot: rested(named) for slot, named in found.items()}
     best_weights = rested(_group(arrays, "best"))
-    best = Best(about.best_metric, about.best_round, about.best_value, best_weights)
+    best = Best(
+        about.best_metric, about.best_round, about.best_value, best_weights, about.best_sites
+    )
     return Model(
         weights=_group(arrays, "weights"),
         digest=digest,

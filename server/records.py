@@ -45,22 +45,38 @@ def bytes_per_round(rounds: Sequence[RoundRecord]) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The best model so far by the study's rule; nothing yet where `value` is None."""
+    """The best model so far by the study's rule; nothing yet where `value` is None.
+
+    sites: the metric of each hospital that had it, on its validation cases. value: their mean.
+    """
 
     metric: str | None
     round: int = 0
     value: float | None = None
     weights: Tensors = field(default_factory=dict)
+    sites: Mapping[str, float] = field(default_factory=dict)
 
-    def or_this(self, round_: int, metrics: Mapping[str, float | None], weights: Tensors) -> Best:
-        """The better of the two; the earlier one where they are equal."""
-        value = None if self.metric is None else metrics.get(self.metric)
-        if self.metric is None or value is None:
+    def or_this(self, round_: int, sites: Sequence[Mapping[str, Any]], weights: Tensors) -> Best:
+        """The better of the two; the earlier one where they are equal.
+
+        Compared are means over the hospitals that both rounds have the metric of. Where these are
+        not more than half of the best round's, the two cannot be compared and the best one stays.
+
+        sites: as in `RoundRecord.sites`.
+        """
+        if self.metric is None:
             return self
-        sign = 1 if better(self.metric) == "higher" else -1
-        if self.value is not None and sign * value <= sign * self.value:
+        told = {str(site["name"]): site["metrics"].get(self.metric) for site in sites}
+        own = {name: float(value) for name, value in told.items() if value is not None}
+        if not own:
             return self
-        return Best(self.metric, round_, value, weights)
+        if self.value is not None:
+            both = sorted(own.keys() & self.sites.keys())
+            sign = 1 if better(self.metric) == "higher" else -1
+            gained = sign * (sum(own[n] for n in both) - sum(self.sites[n] for n in both))
+            if 2 * len(both) <= len(self.sites) or gained <= 0:
+                return self
+        return Best(self.metric, round_, sum(own.values()) / len(own), weights, own)
 
 
 def round_record(

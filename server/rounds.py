@@ -141,6 +141,8 @@ def run_study(
         keep(Checkpoint(prepared, model, record))
         records.append(record)
         on_round(record, model.weights)
+        if not prepared.shared.private:  # there a metric drowns in noise in one round or another
+            _refuse_unmeasured_choice(record, model)
     if all(record.void for record in records):
         raise FederationError(
             f"None of {len(records)} rounds had the {study.federation.min_sites} sites that the "
@@ -175,6 +177,16 @@ def _refuse_unseen_choice(study: Study, shared: Shared) -> None:
             "federation.best_metric: a hospital trains under differential privacy and reports no "
             'metrics. Remove it and write keep = "last", or write a [privacy] table that states '
             "what metrics may cost (metrics_epsilon)."
+        )
+
+
+def _refuse_unmeasured_choice(record: RoundRecord, model: Model) -> None:
+    """The cases do not change from round to round: what nobody can measure now, nobody will."""
+    if model.best.metric is not None and model.best.value is None and record.sites:
+        raise FederationError(
+            f"federation.keep: no hospital can measure {model.best.metric} on its validation cases "
+            "(they have none, or none that it is defined on), so no round can be the best. Set "
+            'evaluation.validation, choose another best_metric, or write keep = "last"'
         )
 
 
@@ -246,7 +258,7 @@ def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRec
         void=not combined.n_sites or len(admitted.replies) < study.federation.min_sites,
         bytes_up=admitted.bytes_up,
     )
-    best, before = model.best.or_this(number - 1, record.metrics, model.weights), model.state
+    best, before = model.best.or_this(number - 1, record.sites, model.weights), model.state
     model = replace(model, best=best)
     if isinstance(admitted, SecureRound) and admitted.ahead is not None:
         federation.ahead[number + 1] = admitted.ahead
@@ -363,7 +375,7 @@ def _judge_last(federation: _Federation, model: Model) -> tuple[RoundRecord, Mod
     left_out = {r.site: r.refusal for r in replies if r.refusal}
     good = [r for r in replies if not r.refusal]
     record = round_record(asked, good, left_out, seconds=time.monotonic() - started)
-    best = model.best.or_this(rounds, record.metrics, model.weights)
+    best = model.best.or_this(rounds, record.sites, model.weights)
     return replace(record, round=rounds + 1), replace(model, best=best)
 
 

@@ -18,6 +18,7 @@ from medfl.common.metrics import resampled
 from medfl.common.metrics.resampled import Drawn
 from medfl.common.metrics.scores import (
     DICE,
+    EMPTY,
     HD95,
     SURFACE,
     Scores,
@@ -96,6 +97,7 @@ METRICS: dict[str, Metric] = {
     DICE: Metric(_of_masks(DICE), masks=True),
     HD95: Metric(_of_masks(HD95), "lower", masks=True),
     SURFACE: Metric(_of_masks(SURFACE), "lower", masks=True),
+    EMPTY: Metric(_of_masks(EMPTY), "lower", masks=True),
 }
 
 
@@ -109,7 +111,7 @@ def known_metrics(task: Task) -> tuple[str, ...]:
 def default_metrics(task: Task) -> tuple[str, ...]:
     """What is reported where the study names no metrics."""
     if task.kind == "segmentation":
-        return (DICE, HD95, SURFACE, *(f"{DICE}_{name}" for name in task.classes[1:]))
+        return (DICE, HD95, SURFACE, EMPTY, *(f"{DICE}_{name}" for name in task.classes[1:]))
     return known_metrics(task)
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DICE, HD95, SURFACE = "dice", "hd95", "surface_distance"
+# Of the cases without a structure, those in which the model marks some of it.
+EMPTY = "empty_false_positives"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,9 +33,9 @@ class Scores:
     columns: arrays whose first axis is the case.
         Classification and risk: `target` (N,) int64 class index, multi-label (N, K) float32;
         `probability` (N, 1) of the positive class, or (N, C).
-        Segmentation: `dice/<class>`, and where distances were asked for `hd95/<class>` and
-        `surface_distance/<class>` in millimetres (voxels without a spacing), (N,) float64 for
-        each foreground class; nan where undefined.
+        Segmentation: `dice/<class>`, `empty_false_positives/<class>`, and where distances were
+        asked for `hd95/<class>` and `surface_distance/<class>` in millimetres (voxels without a
+        spacing), (N,) float64 for each foreground class; nan where undefined.
     """
 
     keys: tuple[str, ...]
@@ -132,7 +134,7 @@ def score_masks(
     spacings: millimetres along each axis, one a case; None counts distances in voxels.
     """
     foreground = list(enumerate(classes))[1:]
-    measures = (DICE, HD95, SURFACE) if distances else (DICE,)
+    measures = (DICE, EMPTY, HD95, SURFACE) if distances else (DICE, EMPTY)
     rows: list[list[float]] = []
     for target, prediction, spacing in zip(
         targets, predictions, repeat(None) if spacings is None else spacings, strict=False
@@ -156,22 +158,26 @@ def _compare(
     spacing: Sequence[float] | None,
     distances: bool,
 ) -> Iterator[float]:
-    """Dice, then 95th percentile Hausdorff and mean symmetric surface distance of one class.
+    """Dice, false positive on an empty mask, 95th percentile Hausdorff and surface distance.
 
-    Absent in both masks, nothing is defined (nan). Absent in one, Dice is 0 and the distances,
-    which no finite number describes, are nan.
+    Of one class; nan where undefined. Where the truth lacks the class there is nothing to overlap:
+    Dice is undefined whatever the model says, so that rounds and models are compared over the
+    same cases, and the false positive is 1 where it marks anything, else 0. Where the model
+    alone lacks it, Dice is 0 and the distances, which no finite number describes, are nan.
     """
     import torch
     from monai.metrics.meandice import compute_dice
 
     in_target, in_prediction = bool(target.any()), bool(prediction.any())
     if not (in_target and in_prediction):
-        yield 0.0 if in_target or in_prediction else float("nan")
+        yield 0.0 if in_target else float("nan")
+        yield float("nan") if in_target else float(in_prediction)
         if distances:
             yield from (float("nan"), float("nan"))
         return
     y, y_pred = (torch.from_numpy(mask[None, None]) for mask in (target, prediction))
     yield float(compute_dice(y_pred.float(), y.float(), include_background=True)[0, 0])
+    yield float("nan")
     if distances:
         yield from _distances(y_pred, y, None if spacing is None else [float(s) for s in spacing])
 

@@ -13,6 +13,10 @@ from medfl.server.report.run import Outcome, Run, SiteResult
 
 # Metrics in the table by hospital that is always open; more would not fit on paper.
 COLUMNS = 4
+EMPTY_MASKS = (
+    "Dice and distances are over cases whose truth has the structure (missed wholly: Dice 0, no "
+    "distance); of the others, the share where the model marks something is the false positives."
+)
 _MACHINE = ("device", "cpus", "workers")
 
 
@@ -79,6 +83,8 @@ def comparison(run: Run) -> Table:
         for m in metrics
     ]  # fmt: skip
     text = "Over all test cases of all hospitals, with 95 % intervals."
+    if run.study.task.kind == "segmentation":
+        text += f" {EMPTY_MASKS}"
     if any(m.startswith(words.DISTANCES) for m in metrics):
         text += " Distances are in millimetres, or in voxels where images carry no spacing."
     if lower := [words.measure(m).label for m in metrics if not words.measure(m).larger_is_better]:
@@ -92,10 +98,15 @@ def mean_table(run: Run) -> Table:
     metrics = list(dict.fromkeys(m for o in trained.values() for m in o.mean))
     rows = [
         [(words.measure(m).label, ""),
-         *((words.value(m, o.mean.get(m)), "") for o in trained.values())]
+         *((words.value(m, o.mean.get(m)), words.over(o, m)) for o in trained.values())]
         for m in metrics
     ]  # fmt: skip
-    text = "Mean over hospitals: every hospital counts the same, however many cases it tested."
+    text = (
+        "Mean over hospitals: every hospital that has the metric counts the same, however many "
+        "cases it tested."
+    )
+    if run.study.task.kind == "segmentation":
+        text += f" {EMPTY_MASKS}"
     return Table(text, ["Metric", *trained], rows)
 
 

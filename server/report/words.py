@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from medfl.common.errors import ConfigError
 from medfl.common.metrics import better
-from medfl.server.report.run import Interval, Run, SiteResult
+from medfl.server.report.run import Interval, Outcome, Run, SiteResult
 
 # Below this, a count could point at single patients.
 SMALL = 5
@@ -27,6 +27,7 @@ LABELS = {
     "dice": "Dice",
     "hd95": "95 % Hausdorff distance",
     "surface_distance": "Surface distance",
+    "empty_false_positives": "False positives on empty masks",
     "auroc": "AUROC",
     "f1": "F1",
     "brier": "Brier score",
@@ -49,7 +50,7 @@ def measure(name: str) -> Measure:
         larger = better(name) == "higher"
     except ConfigError:
         larger = True
-    for base in ("dice", *DISTANCES):
+    for base in ("dice", "empty_false_positives", *DISTANCES):
         if name.startswith(f"{base}_"):
             part = name.removeprefix(f"{base}_")
             return Measure(f"{LABELS[base]}, {part}", larger, 2 if base in DISTANCES else 3)
@@ -152,6 +153,14 @@ def way(name: str) -> str:
         "no_privacy": "The same without privacy",
     }
     return known.get(name, name)
+
+
+def over(outcome: Outcome, name: str) -> str:
+    """Whose mean a metric's mean is: `2 of 3 hospitals, 45 test cases`."""
+    own = [s for s in outcome.sites if s.metrics.get(name) is not None]
+    tests = total(s.n_test for s in own)
+    whole = f"of {len(outcome.sites)} hospitals" if len(outcome.sites) > 1 else "of 1 hospital"
+    return f"{len(own)} {whole}" + ("" if tests == NONE else f", {tests} test cases")
 
 
 def reason(key: str) -> str:

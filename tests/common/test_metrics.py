@@ -186,7 +186,7 @@ def test_every_default_metric_is_known_and_says_which_way_is_better() -> None:
         assert set(default_metrics(task)) <= set(known_metrics(task))
         assert {better(name) for name in known_metrics(task)} == {"higher", "lower"}
     lower = {name for name in METRICS if better(name) == "lower"}
-    assert lower == {"brier", "ece", "hd95", "surface_distance"}
+    assert lower == {"brier", "ece", "hd95", "surface_distance", "empty_false_positives"}
     assert (better("dice_liver"), better("hd95_liver")) == ("higher", "lower")
 
 

@@ -70,11 +70,15 @@ def test_the_surface_distance_looks_both_ways_and_hd95_forgives_one_stray_voxel(
     assert turned["surface_distance/liver"] == pytest.approx(20 / 201)
 
 
-def test_a_class_absent_from_both_masks_is_left_out_and_from_one_counts_zero() -> None:
+def test_a_case_whose_truth_lacks_the_class_has_no_dice_and_counts_as_false_positive() -> None:
     liver = mask(8, 8, liver=np.s_[1:4, 1:4])
     both = mask(8, 8, liver=np.s_[1:4, 1:4], spleen=np.s_[5:7, 5:7])
     assert np.isnan(compare(liver, liver)["dice/spleen"])
-    assert compare(liver, both)["dice/spleen"] == compare(both, liver)["dice/spleen"] == 0.0
+    assert np.isnan(compare(liver, both)["dice/spleen"])
+    assert compare(both, liver)["dice/spleen"] == 0.0
+    assert compare(liver, liver)["empty_false_positives/spleen"] == 0.0
+    assert compare(liver, both)["empty_false_positives/spleen"] == 1.0
+    assert np.isnan(compare(both, liver)["empty_false_positives/spleen"])
     assert np.isnan(compare(liver, both)["hd95/spleen"])
     assert np.isnan(compare(liver, both)["surface_distance/spleen"])
 
@@ -88,9 +92,20 @@ def test_dice_is_the_mean_over_cases_and_then_over_foreground_classes() -> None:
         "dice": (0.75 + 0.25) / 2,
         "hd95": None,
         "surface_distance": None,
+        "empty_false_positives": None,
         "dice_liver": 0.75,
         "dice_spleen": 0.25,
     }
+
+
+def test_a_hospital_with_empty_masks_alone_has_no_dice_and_a_share_of_false_positives() -> None:
+    """One false voxel in one of five cases: 1 of 5, and neither Dice 0 nor nothing."""
+    empty = [mask(8, 8) for _ in range(5)]
+    said = [mask(8, 8) for _ in range(4)] + [mask(8, 8, liver=np.s_[2:3, 2:3])]
+    keys = [str(i) for i in range(5)]
+    scores = score_masks(keys, keys, empty, said, ORGANS.classes, None, False)
+    told = summarise(ORGANS, scores, ["dice", "empty_false_positives_liver", "dice_liver"])
+    assert told == {"dice": None, "empty_false_positives_liver": 0.2, "dice_liver": None}
 
 
 def test_the_dice_interval_resamples_patients() -> None:
@@ -112,7 +127,10 @@ def test_masks_are_read_one_case_at_a_time() -> None:
         ["a", "b", "c"], ["p"] * 3, one_by_one(0), one_by_one(1), ORGANS.classes, None, False
     )
     assert alive == [0, 10, 1, 11, 2, 12]
-    assert list(scores.columns) == ["dice/liver", "dice/spleen"]
+    assert [name for name in scores.columns if name.startswith("dice")] == [
+        "dice/liver",
+        "dice/spleen",
+    ]
     assert scores.columns["dice/liver"].tolist() == [1.0, 1.0, 1.0]
 
 

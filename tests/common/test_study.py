@@ -252,6 +252,13 @@ CONTRADICTIONS: list[tuple[Over, str]] = [
     ({"training": {"warmup_rounds": -1}}, "training.warmup_rounds: must be at least 0 and below"),
     ({"federation": {"keep": "best"}}, "federation.best_metric: is missing"),
     (
+        {
+            "federation": {"keep": "best", "best_metric": "auroc"},
+            "evaluation": {"validation": 0.0},
+        },
+        "evaluation.validation: is 0",
+    ),
+    (
         {"federation": {"min_sites": 3, "sites_per_round": 2}},
         "federation.sites_per_round: must be at least federation.min_sites",
     ),

@@ -128,6 +128,7 @@ def _scores(study: Study, n: int, rng: np.random.Generator, skill: float, name: 
         columns: dict[str, NDArray[Any]] = {}
         for c in study.task.classes[1:]:
             columns[f"dice/{c}"] = rng.beta(4 + 8 * skill, 3, n)
+            columns[f"empty_false_positives/{c}"] = rng.integers(0, 2, n).astype(np.float64)
             columns[f"hd95/{c}"] = rng.gamma(3, 1 / skill, n)
             columns[f"surface_distance/{c}"] = rng.gamma(2, 0.4 / skill, n)
         return Scores(tuple(keys), tuple(keys), columns)

@@ -281,14 +281,33 @@ def test_nobody_joins_a_secure_sum_or_a_sampling_that_began_without(
 
 
 def test_the_best_is_the_first_of_equals_and_knows_the_direction() -> None:
-    high = Best("auroc").or_this(1, {"auroc": 0.5}, {}).or_this(2, {"auroc": 0.5}, {})
-    assert high.or_this(3, {"auroc": 0.4}, {}).round == 1
-    assert high.or_this(3, {"auroc": 0.6}, {}).round == 3
-    assert high.or_this(3, {"auroc": None}, {}).round == 1
-    low = Best("brier").or_this(1, {"brier": 0.5}, {})
-    assert low.or_this(2, {"brier": 0.6}, {}).round == 1
-    assert low.or_this(2, {"brier": 0.4}, {}).round == 2
-    assert Best(None).or_this(1, {"auroc": 1.0}, {}).value is None
+    high = Best("auroc").or_this(1, told("auroc", a=0.5), {}).or_this(2, told("auroc", a=0.5), {})
+    assert high.or_this(3, told("auroc", a=0.4), {}).round == 1
+    assert high.or_this(3, told("auroc", a=0.6), {}).round == 3
+    assert high.or_this(3, told("auroc", a=None), {}).round == 1
+    low = Best("brier").or_this(1, told("brier", a=0.5), {})
+    assert low.or_this(2, told("brier", a=0.6), {}).round == 1
+    assert low.or_this(2, told("brier", a=0.4), {}).round == 2
+    assert Best(None).or_this(1, told("auroc", a=1.0), {}).value is None
+
+
+def told(metric: str, **values: float | None) -> list[dict[str, Any]]:
+    """What hospitals told in a round, as its record has it."""
+    return [{"name": name, "metrics": {metric: value}} for name, value in values.items()]
+
+
+def test_rounds_are_compared_over_the_hospitals_that_both_have() -> None:
+    """The means are .6, then .8 without the hard hospital, whose others fell from .9 to .8."""
+    first = Best("auroc").or_this(1, told("auroc", easy=0.9, other=0.9, hard=0.0), {})
+    assert first.value == pytest.approx(0.6)
+    without = first.or_this(2, told("auroc", easy=0.8, other=0.8), {})
+    assert without.round == 1
+    assert first.or_this(2, told("auroc", easy=0.95, other=0.9), {}).round == 2
+    assert first.or_this(2, told("auroc", easy=0.99, other=None, hard=None), {}).round == 1
+    assert first.or_this(2, told("auroc", easy=0.8, other=0.8, hard=0.5), {}).round == 2
+    alone = Best("auroc").or_this(1, told("auroc", easy=0.9), {})
+    assert alone.or_this(2, told("auroc", hard=0.95), {}).round == 1
+    assert alone.or_this(2, told("auroc", easy=0.95, hard=0.1), {}).round == 2
 
 
 def spoiled_after(round_: int, metric: str) -> Callable[[Instruction, Reply], Reply]:
@@ -320,14 +339,12 @@ def test_the_best_rounds_model_is_kept(
     assert np.array_equal(parameters(outcome.last), parameters(seen[2]))
 
 
-def test_without_any_validation_the_last_model_is_kept_aloud(
-    risk_study: MakeStudy, sites: Callable[..., Here], caplog: pytest.LogCaptureFixture
+def test_a_best_round_without_any_validation_case_is_refused(
+    risk_study: MakeStudy, sites: Callable[..., Here]
 ) -> None:
     study = risk_study(federation={"keep": "best", "best_metric": "auroc"})
-    outcome = run_study(study, sites(study), seed=1)
-    assert outcome.selected_round == 2
-    assert digest(outcome.weights) == digest(outcome.last)
-    assert "the last model is kept" in caplog.text
+    with pytest.raises(FederationError, match="no hospital can measure auroc on its validation"):
+        run_study(study, sites(study), seed=1)
 
 
 def test_a_sites_own_layers_of_the_best_round_serve_at_the_end(

@@ -196,6 +196,12 @@ def test_a_best_round_is_claimed_only_where_a_metric_chose_it(run: Callable[...,
     assert any("chosen on validation" in line for line in limits(measured))
 
 
+def test_a_mean_says_over_how_many_hospitals_and_cases_it_is(run: Callable[..., Run]) -> None:
+    sites = (site("a"), site("b", None), site("c", 0.6, n_test=45))
+    (row,) = tables.mean_table(run(way(mean=0.7, sites=sites))).rows
+    assert row[1] == ("0.700", "2 of 3 hospitals, 105 test cases")
+
+
 def test_every_comparison_has_its_curve(run: Callable[..., Run]) -> None:
     names = ["main", "fedadam", "fedavgm", "fedprox", "fedyogi", "local", "pooled", "scaffold"]
     rounds = [round_(n, run=name) for name in names for n in (1, 2)]
