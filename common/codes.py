@@ -39,6 +39,17 @@ def folded(text: str) -> str:
 
     For telling people that two names look alike; never for joining what carries them.
     """
+    if any("\udc80" <= c <= "\udcff" for c in text):  # a file's name in Windows' old bytes
+        text = text.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
     plain = "".join(unicodedata.normalize("NFKC", level(text)).split()).casefold()
     plain = plain.replace("\u200b", "").replace("\ufeff", "")
     return _ZEROS.sub("", plain)
+
+
+def difference(there: str, here: str, place: str) -> str:
+    """Two names that look alike, in words for a person. place: where the second one is."""
+    # Bytes of a file's name that are no UTF-8 cannot be printed.
+    plain = here.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    same = unicodedata.normalize("NFC", there) == unicodedata.normalize("NFC", here)
+    form = ", its accents as other Unicode characters" if same else ""
+    return f"the table has {there!r}, the {place} {plain!r}{form}"

@@ -34,7 +34,9 @@ class DataSource:
     table: CSV with one line a case (or an image); gives patient, files, label, split. Formats that
         carry their own list (decathlon, medmnist, hdf5) and plain folders do without.
     columns: the names this hospital uses for what the study speaks of. Keys: patient, case, image,
-        mask, label, split, or a feature of the study; values: column names of the table.
+        mask, label, split, or a feature of the study; for DICOM also instance, series, study (UIDs)
+        and accession, for records visit; values: column names of the table. A line belongs to an
+        image by its image, UID and accession columns, without those by case, else by patient.
     header: column names of a table that has no first line with names.
     masks: folder of the masks, for formats where they lie apart.
     orientation: of NIfTI files whose header does not say where they lie (qform_code and sform_code

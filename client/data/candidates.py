@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from medfl.client.data.cases import CaseRef, Found, Quarantined, Split
 from medfl.client.data.fingerprints import Fingerprints
 from medfl.client.data.labels import beyond_range, class_target, record_of
 from medfl.client.data.splits import split_name
+from medfl.client.readers.rows import MASK_SUFFIXES
 from medfl.common.errors import CaseError
 from medfl.common.source import DataSource
 from medfl.common.study import Study
@@ -58,7 +61,33 @@ def choose(
             candidates.append(candidate)
         except CaseError as error:
             faulty.append(Quarantined(ref.case_id, error.reason, error.detail))
+    if study.task.kind == "segmentation":
+        return _with_own_masks(candidates, faulty, study)
     return candidates, faulty
+
+
+def _with_own_masks(
+    candidates: Sequence[Candidate], faulty: Sequence[Quarantined], study: Study
+) -> tuple[list[Candidate], list[Quarantined]]:
+    """One mask never serves two images: where nothing says whose it is, it is none's.
+
+    A DICOM segmentation names the images that its frames belong to, and may serve the slices of
+    its series in a study of slices.
+    """
+    of_slices = study.image is not None and study.image.dimensions == 2
+    masks: Counter[str] = Counter()
+    for c in candidates:
+        masks.update({os.path.realpath(f) for f in c.ref.mask_files if c.ref.index < 0})
+    kept: list[Candidate] = []
+    shared: list[Quarantined] = []
+    for c in candidates:
+        files = [f for f in c.ref.mask_files if masks[os.path.realpath(f)] > 1]
+        if any(f.name.lower().endswith(MASK_SUFFIXES) or not of_slices for f in files):
+            detail = f"{files[0].name} would serve {masks[os.path.realpath(files[0])]} images"
+            shared.append(Quarantined(c.ref.case_id, "mask_shared", detail))
+        else:
+            kept.append(c)
+    return kept, [*faulty, *shared]
 
 
 def _candidate(

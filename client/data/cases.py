@@ -23,6 +23,7 @@ class CaseRef:
     fields: the table's columns under the *study's* names (label, split, features, ...), raw text.
     size: spatial shape from the header where that is cheap, else ().
     orientation: of NIfTI voxels whose header gives none, as the site declares it, else "".
+    respelled: its line of the table was found only because "1.0" counts as "1".
     """
 
     case_id: str
@@ -33,6 +34,7 @@ class CaseRef:
     fields: Mapping[str, str] = field(default_factory=dict)
     size: tuple[int, ...] = ()
     orientation: str = ""
+    respelled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,10 @@ from medfl.client.data.fingerprints import (
 )
 from medfl.client.data.preprocess import Facts, Prepared, prepare
 from medfl.client.data.quality import notes_on, quality_faults
+from medfl.client.data.spelling import spelling_notes
 from medfl.client.data.splits import split_cases
 from medfl.client.readers import READERS, Reader
+from medfl.client.readers.lines import disagreeing
 from medfl.common.errors import CaseError, DataError, StorageError
 from medfl.common.site import Cache
 from medfl.common.source import DataSource
@@ -52,20 +54,28 @@ class Examined:
 
 
 def find_cases(source: DataSource, study: Study) -> Found:
-    """List a source's cases; of several with one name the first stays. Raises DataError."""
+    """List a source's cases. Raises DataError.
+
+    Of several with one name the first stays, unless they disagree: then none does.
+    """
     if not source.path.exists():
         raise DataError("The folder or file of the data is absent. Check `path` in site.toml.")
     if source.format in ("image", "nifti", "dicom", "decathlon") and not source.path.is_dir():
         raise DataError("The path of the data is not a folder. Name the folder in site.toml.")
     found = READERS[source.format].find(source, study)
-    first: dict[str, CaseRef] = {}
-    again: list[Quarantined] = []
+    by_name: dict[str, list[CaseRef]] = {}
     for ref in found.cases:
-        if ref.case_id in first:
-            again.append(Quarantined(ref.case_id, "duplicate_id"))
+        by_name.setdefault(ref.case_id, []).append(ref)
+    kept: list[CaseRef] = []
+    aside: list[Quarantined] = []
+    for name, refs in by_name.items():
+        if disagreeing(refs, source, study):
+            detail = f"{len(refs)} rows have its name and disagree"
+            aside += [Quarantined(name, "ambiguous_line", detail)] * len(refs)
         else:
-            first[ref.case_id] = replace(ref, orientation=source.orientation or "")
-    return Found(tuple(first.values()), (*found.quarantined, *again))
+            kept.append(replace(refs[0], orientation=source.orientation or ""))
+            aside += [Quarantined(name, "duplicate_id")] * (len(refs) - 1)
+    return Found(tuple(kept), (*found.quarantined, *aside))
 
 
 def build_cohort(
@@ -144,7 +154,8 @@ def examine(
             usable.append((candidate, entry.facts))
     cohort, faults = _assembled(usable, stored, (*found.quarantined, *faulty), study, site_key)
     facts = tuple(f for _, f in usable)
-    return Examined(cohort, found.cases, facts, tuple(faults), notes_on(cohort, study))
+    notes = (*notes_on(cohort, study), *spelling_notes(found.cases, source, study))
+    return Examined(cohort, found.cases, facts, tuple(faults), notes)
 
 
 def _without(found: Found, withdrawn: Withdrawn) -> Found:

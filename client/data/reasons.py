@@ -37,12 +37,22 @@ REASONS: dict[str, str] = {
     "Export it again.",
     "no_image": "There is no image for this line of the table. Copy the image to the folder, or "
     "leave it so: the line is then not used.",
+    "ambiguous_line": "Several lines of the table belong to this case and disagree, or a line's "
+    "name means two cases. Add a column that tells them apart and map it in `columns` of "
+    "site.toml: for images `series`, `study` or `instance` (a DICOM UID), `accession` or `image` "
+    "(a file or folder); for records `visit`.",
+    "name_differs": "The table writes this case's name otherwise than the images: leading zeros, "
+    "capitals, blanks or the form of accented letters (as spreadsheets, macOS and old Windows "
+    "shares change them). Write it in the table as the images have it; a spreadsheet needs the "
+    "column formatted as text.",
     "label_missing": "The label is empty. Fill it in in the table, if it is known.",
     "label_unknown": "The label is none of the study's classes. Correct the table, or ask the "
     "coordinator to add this spelling to `label_map` of the study.",
     "mask_missing": "The image has no mask. Add the mask to the folder, if there is one.",
     "several_masks": "Several segmentations belong to one image, and nothing says which one the "
     "study means. Name it in the table's mask column.",
+    "mask_shared": "One mask would serve several images, and nothing says on which it was drawn. "
+    "Name each image's own mask in the table's mask column, or by the image's own name.",
     "mask_geometry": "The mask does not lie on the image's grid (other size, place or voxel "
     "size). Export the mask in the image's own geometry.",
     "mask_frame": "Mask and image have different frames of reference, so that their places cannot "
@@ -72,8 +82,8 @@ REASONS: dict[str, str] = {
     "site.toml if it means that the value is unknown.",
     "duplicate": "The same image is there twice; one copy is used. If there are many, find out how "
     "they came there: copies of one patient under two names would spoil the test.",
-    "duplicate_id": "Two lines or files carry the same case name. The first is used. Give each "
-    "its own name if they are different cases.",
+    "duplicate_id": "Two lines or files carry the same case name and agree. The first is used. "
+    "Give each its own name if they are different cases.",
     "split_unknown": "The split column holds neither train, validation nor test. Correct it.",
     "not_in_table": "The image is not listed in the table, so the study does not use it. Add a "
     "line if it should be used.",

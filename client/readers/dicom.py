@@ -23,7 +23,8 @@ from medfl.client.readers import image as images
 from medfl.client.readers import nifti, sandbox
 from medfl.client.readers.dicom_geometry import Place, along_normal
 from medfl.client.readers.dicom_values import filled
-from medfl.client.readers.rows import confined, read_rows
+from medfl.client.readers.lines import join, lines_of
+from medfl.client.readers.rows import confined, only_mask, read_rows
 from medfl.client.readers.structures import names_of
 from medfl.common.errors import CaseError
 from medfl.common.source import DataSource
@@ -70,7 +71,10 @@ def find(source: DataSource, study: Study) -> Found:
     dimensions = study.image.dimensions if study.image else 3
     images_found, again, copies = _without_copies(images_found, dimensions)
     cases = [_case(group, dimensions) for group in _groups(images_found, dimensions)]
-    cases, unlisted = _with_table(cases, source, [q.case_id for q in faulty], copies)
+    if source.table is not None:
+        cases, unlisted = _with_table(cases, source, study, [q.case_id for q in faulty], copies)
+    else:
+        unlisted = []
     cases, unmasked = _with_masks(cases, source, segmentations, images_found)
     return Found(tuple(cases), (*faulty, *again, *unlisted, *unmasked))
 
@@ -193,44 +197,38 @@ def _case(group: Sequence[Item], dimensions: int) -> CaseRef:
 def _with_table(
     cases: Sequence[CaseRef],
     source: DataSource,
+    study: Study,
     faulty: Sequence[str],
     copies: Mapping[Path, Sequence[Path]],
 ) -> tuple[list[CaseRef], list[Quarantined]]:
-    """Join each case with its row: by file, else by instance, series, study or accession, else
-    by patient. Cases without a row are not part of the study.
+    """Join each case with its line (`lines.join`). Cases without one are not part of the study.
 
-    faulty: files that were set aside already; their rows are not reported once more.
+    faulty: files that were set aside already; their lines are not reported once more.
     """
-    if source.table is None:
-        return list(cases), []
-    keyed: dict[str, dict[str, str]] = {}
-    for row in read_rows(source, source.table):
-        name = row.get("image") or row.get("case") or row.get("patient") or ""
-        keyed.setdefault(name.removeprefix("./").rstrip("/"), row)
-    used: set[str] = set()
-    joined: list[CaseRef] = []
-    aside: list[Quarantined] = []
+    lines = lines_of(read_rows(source, source.table or source.path), source)
+    names = []
     for ref in cases:
         places = [p.relative_to(source.path) for p in (ref.files[0], *copies.get(ref.files[0], ()))]
-        match = next((n for n in _names(ref, places) if n in keyed), None)
-        if match is None:
-            aside.append(Quarantined(ref.case_id, "not_in_table"))
-            continue
-        used.add(match)
-        patient = keyed[match].get("patient") or ref.patient
-        joined.append(replace(ref, patient=patient, fields={**keyed[match], **ref.fields}))
+        names.append(_names(ref, places))
+    joined, aside, left = join(cases, names, lines, source, study)
     passed = [p.relative_to(source.path) for others in copies.values() for p in others]
     known = {str(f) for p in (*map(Path, faulty), *passed) for f in (p, *p.parents)}
-    absent = [name for name in keyed if name not in used and name not in known]
+    absent = dict.fromkeys(line.name for line in left if line.name not in known)
     return joined, [*aside, *(Quarantined(name, "no_image") for name in absent)]
 
 
-def _names(ref: CaseRef, places: Sequence[Path]) -> list[str]:
-    """By what a table's row may call a case, most exact first. places: of its file and copies."""
-    files = [str(name) for p in places for name in (p, p.with_suffix(""))]
-    folders = [str(f) for p in places for f in p.parents if str(f) != "."]
-    uids = [ref.fields[n] for n in ("instance_uid", "series_uid", "study_uid", "accession")]
-    return [name for name in (*files, *uids, *folders, ref.patient) if name]
+def _names(ref: CaseRef, places: Sequence[Path]) -> dict[str, list[str]]:
+    """What a table's line may call a case, by the column. places: of its file and copies."""
+
+    def paths(places: Sequence[Path]) -> list[str]:
+        files = [str(name) for p in places for name in (p, p.with_suffix(""))]
+        return [*files, *(str(f) for p in places for f in p.parents if str(f) != ".")]
+
+    headers = {"instance": "instance_uid", "series": "series_uid", "study": "study_uid"}
+    names = {kind: [ref.fields[name]] for kind, name in headers.items() if ref.fields[name]}
+    names["accession"] = [ref.fields["accession"]] if ref.fields["accession"] else []
+    names["patient"] = [ref.fields["header_patient"]] if ref.fields["header_patient"] else []
+    return {"image": paths(places[:1]), "copies": paths(places[1:]), **names}
 
 
 def _with_masks(
@@ -280,12 +278,10 @@ def _mask(ref: CaseRef, source: DataSource, by_series: dict[str, list[Path]]) ->
     if found:
         return (found[0],)
     names = [ref.case_id, ref.fields["series_uid"], ref.files[0].stem, ref.patient]
-    for name in names if source.masks is not None else []:
-        # An identifier is a name, never a path: nothing may lead out of the folder.
-        for suffix in _MASKS if name and Path(name).name == name else ():
-            if (root / f"{name}{suffix}").is_file():
-                return (confined(root, root / f"{name}{suffix}"),)
-    return ()
+    # An identifier is a name, never a path: nothing may lead out of the folder.
+    plain = dict.fromkeys(n for n in names if n and Path(n).name == n)
+    there = [root / f"{n}{end}" for n in plain for end in _MASKS] if source.masks else []
+    return only_mask(root, there)
 
 
 def load(ref: CaseRef, study: Study) -> Picture:

@@ -24,7 +24,7 @@ _JPEG_START = b"\xff\xd8"
 def find(source: DataSource, study: Study) -> Found:
     """Cases of a table, or every image of a folder; a first-level sub-folder is then the label."""
     if source.table is not None:
-        return find_in_table(source, SUFFIXES)
+        return find_in_table(source, study, SUFFIXES)
     return find_in_folder(source, SUFFIXES, folder_is="label")
 
 

@@ -39,7 +39,7 @@ _CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 def find(source: DataSource, study: Study) -> Found:
     """Cases of a table, or every volume of a folder; a first-level sub-folder is a patient."""
     if source.table is not None:
-        found = find_in_table(source, SUFFIXES)
+        found = find_in_table(source, study, SUFFIXES)
     else:
         found = find_in_folder(source, SUFFIXES, folder_is="patient")
     return _with_sizes(found)

@@ -6,11 +6,15 @@ import csv
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from medfl.client.data.cases import CaseRef, Found, Quarantined
+from medfl.client.readers.lines import disagreeing
+from medfl.common.codes import difference, folded, level
 from medfl.common.errors import CaseError, DataError
 from medfl.common.source import DataSource
+from medfl.common.study import Study
 
 # A cell longer than this is not a value; it is a damaged file or an attack on the reader.
 _MAX_CELL = 1_000_000
@@ -111,28 +115,73 @@ def locate(root: Path, text: str, suffixes: Sequence[str]) -> Path:
     return confined(root, root / text)
 
 
-def find_in_table(source: DataSource, suffixes: Sequence[str]) -> Found:
-    """Cases of a table whose rows name an image file and perhaps a mask file each."""
-    cases: list[CaseRef] = []
+def find_in_table(source: DataSource, study: Study, suffixes: Sequence[str]) -> Found:
+    """Cases of a table whose rows name an image file and perhaps a mask file each.
+
+    Rows that name one file and disagree in what the study uses are left out, all of them.
+    """
+    by_file: dict[Path, list[CaseRef]] = {}
     faulty: list[Quarantined] = []
     path = source.table
     if path is None:
         raise DataError("This format needs a table here. Name it as `table` in site.toml.")
+    alike = Alike(source.path, suffixes)
     for number, row in enumerate(read_rows(source, path), 1):
         name = row.get("image") or row.get("case", "")
         case_id = row.get("case") or name or f"row {number}"
         try:
-            file = locate(source.path, name, suffixes)
+            file, respelled = _located(source.path, name, suffixes, alike)
             masks = mask_of(source, row, file, suffixes)
         except CaseError as error:
             faulty.append(Quarantined(case_id, error.reason, error.detail))
             continue
         patient = row.get("patient") or case_id
-        cases.append(CaseRef(case_id, patient, (file,), masks, fields=row))
+        ref = CaseRef(case_id, patient, (file,), masks, fields=row, respelled=respelled)
+        by_file.setdefault(Path(os.path.realpath(file)), []).append(ref)
+    cases = []
+    for refs in by_file.values():
+        if disagreeing(refs, source, study):
+            detail = f"{len(refs)} rows name its file and disagree"
+            faulty += [Quarantined(ref.case_id, "ambiguous_line", detail) for ref in refs]
+        else:
+            cases += refs
     return Found(tuple(cases), tuple(faulty))
 
 
-_MASK_SUFFIXES = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".gif")
+def _located(root: Path, name: str, suffixes: Sequence[str], alike: Alike) -> tuple[Path, bool]:
+    """The file of a row, and whether it was found only as the code that a spreadsheet wrote."""
+    try:
+        return locate(root, name, suffixes), False
+    except CaseError as error:
+        if error.reason != "file_missing" or not name:
+            raise
+        if level(name) != name:
+            with suppress(CaseError):
+                return locate(root, level(name), suffixes), True
+        if (like := alike.to(name)) is not None:
+            raise CaseError("name_differs", difference(name, like, "folder")) from None
+        raise
+
+
+class Alike:
+    """Files of a folder by how their names look; listed only when somebody asks."""
+
+    def __init__(self, root: Path, suffixes: Sequence[str]) -> None:
+        self._root, self._suffixes = root, suffixes
+        self._names: dict[str, str] | None = None
+
+    def to(self, name: str) -> str | None:
+        """A file whose name, with or without suffix, looks like this one; None where none does."""
+        if self._names is None:
+            self._names = {}
+            for file in files_below(self._root, self._suffixes):
+                inside = str(file.relative_to(self._root))
+                bare = inside[: len(inside) - len(file.name)] + stem(file, self._suffixes)
+                self._names |= {folded(bare): inside, folded(inside): inside}
+        return self._names.get(folded(name))
+
+
+MASK_SUFFIXES = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".gif")
 _MASK_ENDS = ("_mask", "_seg", "_label", "-mask", "-seg", "-label")
 
 
@@ -144,21 +193,26 @@ def mask_of(
     Raises CaseError where the table names a file that is not there.
     """
     if row.get("mask"):
-        return (locate(source.masks or source.path, row["mask"], _MASK_SUFFIXES),)
+        return (locate(source.masks or source.path, row["mask"], MASK_SUFFIXES),)
     name = stem(image, suffixes)
-    if source.masks is not None:
-        inside = image.parent.relative_to(source.path) if source.masks else Path()
-        for folder in (source.masks / inside, source.masks):
-            for end in ("", *_MASK_ENDS):
-                for suffix in _MASK_SUFFIXES:
-                    if (candidate := folder / f"{name}{end}{suffix}").is_file():
-                        return (confined(source.masks, candidate),)
-        return ()
-    for end in _MASK_ENDS:
-        for suffix in _MASK_SUFFIXES:
-            if (candidate := image.parent / f"{name}{end}{suffix}").is_file():
-                return (confined(source.path, candidate),)
+    if source.masks is None:
+        there = [image.parent / f"{name}{e}{s}" for e in _MASK_ENDS for s in MASK_SUFFIXES]
+        return only_mask(source.path, there)
+    names = [f"{name}{end}{s}" for end in ("", *_MASK_ENDS) for s in MASK_SUFFIXES]
+    inside = source.masks / image.parent.relative_to(source.path)
+    for folder in dict.fromkeys((inside, source.masks)):
+        found = only_mask(source.masks, [folder / n for n in names if folder / n != image])
+        if found:
+            return found
     return ()
+
+
+def only_mask(root: Path, candidates: Sequence[Path]) -> tuple[Path, ...]:
+    """The one of these that is there, or (). Raises CaseError("several_masks"), as `confined`."""
+    found = [path for path in candidates if path.is_file()]
+    if len(found) > 1:
+        raise CaseError("several_masks", ", ".join(path.name for path in found[:5]))
+    return tuple(confined(root, path) for path in found)
 
 
 def find_in_folder(source: DataSource, suffixes: Sequence[str], *, folder_is: str) -> Found:

@@ -10,11 +10,18 @@ from medfl.common.study import Study
 
 
 def find(source: DataSource, study: Study) -> Found:
-    """Every row is a case; without a case or patient column the row's number stands for them."""
+    """Every row is a case; without a case or patient column the row's number stands for them.
+
+    Where site.toml maps a column as `visit`, a patient's rows are told apart by it.
+    """
     cases = []
+    visits = "visit" in (source.columns or {})
     for number, row in enumerate(read_rows(source, source.table or source.path), 1):
         case_id = row.get("case") or row.get("patient") or f"row {number}"
-        cases.append(CaseRef(case_id, row.get("patient") or case_id, index=number - 1, fields=row))
+        if visits and row["visit"]:
+            case_id = f"{case_id} / {row['visit']}"
+        patient = row.get("patient") or row.get("case") or case_id
+        cases.append(CaseRef(case_id, patient, index=number - 1, fields=row))
     return Found(tuple(cases))
 
 
