@@ -114,7 +114,7 @@ def demo(
         "runs"
     ),
 ) -> None:
-    """Three hospitals as files, their data checked, two studies trained: under 3 minutes."""
+    """Three hospitals as files, their data checked, three studies trained: under 3 minutes."""
     cli.log_to_stderr(False)
     from medfl.simulations.demo import run_demo
 

@@ -203,7 +203,7 @@ def staged(out: Path, console: Console, *, small: bool = False) -> Iterator[Worl
         shutil.rmtree(out)  # made by an earlier demonstration, and made again
     stage = Stage(console, max(map(len, ["coordinator", *NAMES])))
     console.rule("Three hospitals, as files")
-    make_hospitals(out / "files", small=small)
+    make_hospitals(out / "files", small=small, private="segmentation")
     for name in NAMES:
         shutil.move(out / "files" / "segmentation" / name, out / name)
         if small:
@@ -276,10 +276,10 @@ def _train(world: World, seed: int) -> str:
 def _look_back(world: World, run: str) -> None:
     coordinator, (first, private, _) = world.coordinator, world.hospitals
     coordinator.does(f"medfl-server model get {run} --out model.safetensors")
-    coordinator.does(f"medfl-server report {run} --out .")
     coordinator.does("medfl-server log --verify")
     first.does("medfl-client audit verify")
     private.does("medfl-client budget")
+    coordinator.does(f"medfl-server report {run} --out .")
 
 
 def _at_once(jobs: Sequence[tuple[Speaker, str]], *, mask: str = "") -> None:

@@ -1,7 +1,7 @@
 """The report of a run between hospitals, and the coordinator's word for it and for the model.
 
 outcome -> runs/<id>/result.json, study.json, rounds.jsonl -> report.html, model_card.md
-digests of model, report and card -> signed.json (Ed25519) and one line of the audit log
+digests of model, result, report and card -> signed.json (Ed25519) and one line of the audit log
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ log = logging.getLogger(__name__)
 
 PURPOSE = "results of a run"
 REPORT, CARD, SIGNED = "report.html", "model_card.md", "signed.json"
-MODEL = "model.safetensors"
+MODEL, RESULT = "model.safetensors", "result.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Signed:
-    """What the coordinator vouches for. study: digest; model, report, card: SHA-256 of the files.
+    """What the coordinator vouches for. study: digest; the others: SHA-256 of the files, result
+    of result.json with every number of the report.
 
     coordinator: its public key, hex, which hospitals have pinned. signature: over all the rest.
     """
@@ -52,6 +53,7 @@ class Signed:
     run: str
     study: str
     model: str
+    result: str
     report: str
     card: str
     coordinator: str
@@ -87,6 +89,7 @@ def write(federation: Federation, run_id: str) -> Signed:
         run=run_id,
         study=runs.load(federation, run_id).digest,
         model=model,
+        result=runs.sha256(folder / RESULT),
         report=runs.sha256(folder / REPORT),
         card=runs.sha256(folder / CARD),
         coordinator=public_of(key),
@@ -111,7 +114,12 @@ def opened(federation: Federation, run_id: str) -> Signed:
     if signed is None:
         return write(federation, run_id)
     own = public_of(federation.signing_key())
-    files = {MODEL: signed.model, REPORT: signed.report, CARD: signed.card}
+    files = {
+        MODEL: signed.model,
+        RESULT: signed.result,
+        REPORT: signed.report,
+        CARD: signed.card,
+    }
     changed = [n for n, digest in files.items() if not _is(folder / n, digest)]
     if signed.coordinator != own or not is_signed(own, PURPOSE, _covered(signed), signed.signature):
         changed.append(SIGNED)
@@ -208,7 +216,7 @@ def _keep_facts(
     text = json.dumps(finite(plain), indent=2, allow_nan=False)
     tensors.write_atomic(folder / "study.json", study_text.to_text(study).encode())
     tensors.write_atomic(folder / "rounds.jsonl", b"".join(lines))
-    tensors.write_atomic(folder / "result.json", text.encode())
+    tensors.write_atomic(folder / RESULT, text.encode())
 
 
 def _covered(signed: Signed) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydicom.uid import CTImageStorage
 
 from medfl.common.seeds import derive
 from medfl.simulations.hospitals import anatomy, damage, dicom, tables
-from medfl.simulations.hospitals.profiles import Ct, Hospital
+from medfl.simulations.hospitals.profiles import Ct, Hospital, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Scan:
         return np.asarray(np.diag([-1.0, -1.0, 1.0, 1.0]) @ lps)
 
 
-def write(hospital: Hospital, folder: Path, *, seed: int, small: bool) -> None:
-    """Write images/, masks/ and the table; see `Ct.damage` for what is wrong in them."""
+def write(hospital: Hospital, folder: Path, *, seed: int, small: bool) -> Table:
+    """Write images/, masks/ and the table, which is returned; `Ct.damage` says what is wrong."""
     cases = hospital.ct.small_cases if small else hospital.ct.cases
     numbers = _patients(hospital.ct, cases)
     ids = tables.patient_numbers(hospital.number, cases, derive(seed, hospital.name, "ct"))
@@ -53,6 +53,7 @@ def write(hospital: Hospital, folder: Path, *, seed: int, small: bool) -> None:
     for what, case in hospital.ct.damage:
         rows += DAMAGE[what](folder, rows[case])
     tables.write(hospital.ct.table, folder, rows)
+    return hospital.ct.table
 
 
 def acquire(hospital: Hospital, seed: int, patient: int, case: int) -> Scan:

@@ -86,27 +86,71 @@ class Xray:
 
 
 @dataclass(frozen=True, slots=True)
+class Records:
+    """The records of a hospital's wards. labels: texts of no and yes.
+
+    older_sd: how many standard deviations older its patients are. log_odds: of the outcome for a
+    patient in the middle of all fields.
+    """
+
+    patients: int
+    small_patients: int
+    older_sd: float
+    log_odds: float
+    labels: tuple[str, str]
+    table: Table
+
+
+@dataclass(frozen=True, slots=True)
 class Hospital:
-    """One hospital. number: pattern of its patient numbers. ct_privacy: (epsilon, delta) or None;
-    the X-ray folder has none, because so few images learn nothing under its noise."""
+    """One hospital. number: pattern of its patient numbers.
+
+    privacy: (epsilon, delta) that it works under in the studies that have enough patients for it
+    (`medfl.simulations.hospitals.make_hospitals`), or None.
+    """
 
     name: str
     institution: str
     number: str
     families: tuple[str, ...]
-    ct_privacy: tuple[float, float] | None
+    privacy: tuple[float, float] | None
     ct: Ct
     xray: Xray
+    records: Records
 
+
+# What a study calls the fields, and what two of the hospitals call them.
+RECORD_FIELDS = (
+    "age",
+    "systolic",
+    "heart_rate",
+    "creatinine",
+    "haemoglobin",
+    "sodium",
+    "crp",
+    "albumin",
+    "bmi",
+    "potassium",
+    "glucose",
+    "leucocytes",
+    "platelets",
+    "bilirubin",
+    "days",
+)
+_GERMAN = tuple(
+    "Alter RR Puls Kreatinin Hb Natrium CRP Albumin BMI Kalium Glukose Leukozyten Thrombozyten "
+    "Bilirubin Tage".split()
+)
+_FRENCH = tuple("age pas fc creat hb na crp albumine imc k glyc leuco plaq bili jours".split())
 
 ST_MARIEN = Hospital(
     name="st-marien",
     institution="Krankenhaus St. Marien",
     number="00{:05d}",  # Read as a number, the zeros would be lost.
     families=("Muster", "Beispiel", "Schmidt", "Weber", "Fischer"),
-    ct_privacy=None,
+    privacy=None,
     ct=Ct(
-        cases=16,
+        cases=32,
         small_cases=8,
         shape=(16, 40, 40),
         spacing_mm=(10.0, 8.0, 8.0),
@@ -140,7 +184,7 @@ ST_MARIEN = Hospital(
         ),
     ),
     xray=Xray(
-        images=70,
+        images=160,
         small_images=20,
         shape=(80, 80),
         bits=12,
@@ -162,6 +206,19 @@ ST_MARIEN = Hospital(
         ),
         damage=(("truncated", 5), ("text_instead", 11)),
     ),
+    records=Records(
+        patients=400,
+        small_patients=60,
+        older_sd=0.5,
+        log_odds=-0.8,
+        labels=("nein", "ja"),
+        table=Table(
+            "patienten.csv",
+            {"patient": "Patientennummer", "label": "Wiederaufnahme"}
+            | dict(zip(RECORD_FIELDS, _GERMAN, strict=True)),
+            delimiter=";",
+        ),
+    ),
 )
 
 RIVERSIDE = Hospital(
@@ -169,9 +226,9 @@ RIVERSIDE = Hospital(
     institution="Riverside General Hospital",
     number="MRN{:06d}",
     families=("Sample", "Doe", "Example", "Brown", "Walker"),
-    ct_privacy=(8.0, 1e-3),
+    privacy=(8.0, 1e-3),
     ct=Ct(
-        cases=20,
+        cases=36,
         small_cases=16,
         shape=(12, 48, 48),
         spacing_mm=(13.0, 7.0, 7.0),
@@ -199,7 +256,7 @@ RIVERSIDE = Hospital(
         damage=(("duplicate_series", 3), ("empty_slice", 6)),
     ),
     xray=Xray(
-        images=80,
+        images=170,
         small_images=24,
         shape=(64, 64),
         bits=8,
@@ -215,6 +272,17 @@ RIVERSIDE = Hospital(
         ),
         damage=(("empty_file", 7), ("duplicate_image", 12)),
     ),
+    records=Records(
+        patients=2400,
+        small_patients=200,
+        older_sd=0.0,
+        log_odds=-0.5,
+        labels=("0", "1"),
+        table=Table(
+            "patients.csv",
+            {"patient": "mrn", "label": "readmitted"} | {f: f for f in RECORD_FIELDS},
+        ),
+    ),
 )
 
 HOPITAL_NORD = Hospital(
@@ -222,9 +290,9 @@ HOPITAL_NORD = Hospital(
     institution="Hôpital Nord",
     number="NIP-{:05d}",
     families=("Exemple", "Martin", "Durand", "Lefèvre", "Moreau"),
-    ct_privacy=None,
+    privacy=None,
     ct=Ct(
-        cases=14,
+        cases=30,
         small_cases=8,
         shape=(18, 24, 44),
         spacing_mm=(13.0, 6.5, 7.5),
@@ -249,14 +317,14 @@ HOPITAL_NORD = Hospital(
         damage=(("mask_of_another_shape", 2), ("mask_missing", 5), ("stray_text_file", 6)),
     ),
     xray=Xray(
-        images=60,
+        images=160,
         small_images=20,
         shape=(96, 80),
         bits=10,
         modality="CR",
         photometric="MONOCHROME1",
         syntax=JPEG2000Lossless,
-        positive=0.75,
+        positive=0.7,
         labels=("non", "oui"),
         suffix=".dcm",
         table=Table(
@@ -265,6 +333,19 @@ HOPITAL_NORD = Hospital(
             delimiter="\t",
         ),
         damage=(("label_missing", 9),),
+    ),
+    records=Records(
+        patients=400,
+        small_patients=60,
+        older_sd=-0.7,
+        log_odds=-0.2,
+        labels=("non", "oui"),
+        table=Table(
+            "patients.csv",
+            {"patient": "numero", "label": "readmission"}
+            | dict(zip(RECORD_FIELDS, _FRENCH, strict=True)),
+            delimiter="\t",
+        ),
     ),
 )
 

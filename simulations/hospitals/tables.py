@@ -11,8 +11,12 @@ import numpy as np
 
 from medfl.simulations.hospitals.profiles import Hospital, Table
 
-# One line of a table under the study's names: patient, case, image, and mask or label.
+# One line of a table under the study's names: patient, and case, image, mask, label or fields.
 Row = dict[str, str]
+
+
+# About how many patients the hospital under privacy trains on, as it tells everybody.
+DECLARED = 250
 
 
 def patient_numbers(pattern: str, count: int, seed: int) -> list[str]:
@@ -30,10 +34,11 @@ def write(table: Table, folder: Path, rows: Sequence[Row]) -> None:
         lines.writerows([row[key] for key in table.columns] for row in rows)
 
 
-def write_site(
-    hospital: Hospital, table: Table, folder: Path, privacy: tuple[float, float] | None = None
-) -> Path:
-    """Write site.toml next to the table; returns its path. privacy: (epsilon, delta)."""
+def write_site(hospital: Hospital, table: Table, folder: Path, declared: int | None = None) -> Path:
+    """Write site.toml next to the table; returns its path.
+
+    declared: about how many patients it trains on, in a study where it works under its privacy.
+    """
     quoted = json.dumps  # TOML's basic strings are JSON's, for text without control characters.
     columns = ", ".join(f"{key} = {quoted(name)}" for key, name in table.columns.items())
     lines = [
@@ -42,9 +47,11 @@ def write_site(
         'device = "cpu"',
         "",
         "[data]",
-        'format = "dicom"',
-        'path = "images"',
-        f"table = {quoted(table.file)}",
+        *(
+            ['format = "dicom"', 'path = "images"', f"table = {quoted(table.file)}"]
+            if "image" in table.columns
+            else ['format = "table"', f"path = {quoted(table.file)}"]
+        ),
         "# The study's name = our name of the column.",
         f"columns = {{ {columns} }}",
     ]
@@ -57,8 +64,8 @@ def write_site(
         ]
     if "mask" in table.columns:
         lines.append('masks = "masks"')
-    if privacy is not None:
-        epsilon, delta = privacy
+    if hospital.privacy is not None and declared is not None:
+        epsilon, delta = hospital.privacy
         lines += [
             "",
             "# This hospital trains under differential privacy, whatever the study asks.",
@@ -66,7 +73,7 @@ def write_site(
             f"epsilon = {epsilon:g}",
             f"delta = {delta:g}",
             "# About how many patients it trains on: what others learn instead of the number.",
-            "declared_patients = 10",
+            f"declared_patients = {declared}",
             "# Of all studies together, ever.",
             "[privacy.budget]",
             "epsilon = 20",

@@ -13,14 +13,14 @@ from pydicom.uid import ComputedRadiographyImageStorage, DigitalXRayImageStorage
 
 from medfl.common.seeds import derive
 from medfl.simulations.hospitals import anatomy, damage, dicom, tables
-from medfl.simulations.hospitals.profiles import Hospital, Xray
+from medfl.simulations.hospitals.profiles import Hospital, Table, Xray
 
 # A share of the images shows a patient who was there before.
 RETURNING = 0.2
 
 
-def write(hospital: Hospital, folder: Path, *, seed: int, small: bool) -> None:
-    """Write images/ and the table; see `Xray.damage` for what is wrong in them."""
+def write(hospital: Hospital, folder: Path, *, seed: int, small: bool) -> Table:
+    """Write images/ and the table, which is returned; `Xray.damage` says what is wrong."""
     xray = hospital.xray
     images = xray.small_images if small else xray.images
     patients = _patients(images, derive(seed, hospital.name, "xray patients"))
@@ -33,6 +33,7 @@ def write(hospital: Hospital, folder: Path, *, seed: int, small: bool) -> None:
     for what, n in xray.damage:
         rows += DAMAGE[what](folder, rows[n])
     tables.write(xray.table, folder, rows)
+    return xray.table
 
 
 def draw_labels(hospital: Hospital, seed: int, images: int) -> NDArray[np.bool_]:

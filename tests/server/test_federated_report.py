@@ -134,6 +134,15 @@ def test_report_and_model_are_signed_together(
     lines = [line for line in federation.audit.lines() if line["what"] == "report"]
     assert [line["about"]["sha256"] for line in lines] == [signed.report]
     arguments = ["report", run.id, "--folder", str(federation.folder)]
+    assert main(arguments) == 0
+    # The mean of .8 and .6; the private hospital told nothing.
+    assert capsys.readouterr().out.splitlines()[:5] == [
+        "hospital          test cases  AUROC  ε",
+        "north             20          0.800  none",
+        "south             10          0.600  none",
+        "west              –           –      2.50",
+        "mean over 2 of 3              0.700",
+    ]
     assert main([*arguments, "--out", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["signature"] == signed.signature
     assert runs.sha256(tmp_path / "out" / "report.html") == signed.report
@@ -147,7 +156,9 @@ def test_report_and_model_are_signed_together(
     assert federated.opened(federation, run.id) == signed
 
 
-@pytest.mark.parametrize("name", ["report.html", "model_card.md", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["report.html", "model_card.md", "model.safetensors", "result.json"]
+)
 def test_a_changed_file_is_not_handed_out(done: tuple[Federation, Run], name: str) -> None:
     federation, run = done
     file = runs.folder_of(federation, run.id) / name

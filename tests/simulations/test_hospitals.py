@@ -19,7 +19,7 @@ from pydicom.errors import InvalidDicomError
 from medfl.client.data.cohort import examine
 from medfl.common.site import Site, load_site
 from medfl.common.study import load_study
-from medfl.simulations.hospitals import anatomy, ct, dicom, make_hospitals, xray
+from medfl.simulations.hospitals import anatomy, ct, dicom, make_hospitals, records, xray
 from medfl.simulations.hospitals.profiles import HOSPITALS, Hospital
 
 STUDIES = Path(__file__).parents[2] / "simulations" / "studies"
@@ -103,13 +103,32 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(
 
 
 def test_every_site_file_is_valid_and_one_hospital_asks_for_privacy(folder: Path) -> None:
-    for kind, epsilon in (("segmentation", 8.0), ("classification", None)):
+    for kind, epsilon in (("segmentation", None), ("classification", None), ("risk", 8.0)):
         sites = [site_of(folder, kind, h) for h in HOSPITALS]
         assert [s.privacy.epsilon if s.privacy else None for s in sites] == [None, epsilon, None]
-        assert all(s.data.path.is_dir() and s.data.table for s in sites)
+        if kind == "risk":
+            assert all(s.data.path.is_file() for s in sites)
+        else:
+            assert all(s.data.path.is_dir() and s.data.table for s in sites)
 
 
-@pytest.mark.parametrize("name", ["demo_segmentation", "demo_classification"])
+def test_records_are_drawn_alike_at_every_hospital_but_for_who_its_patients_are() -> None:
+    """The outcome follows from the fields in one way, which is why hospitals can learn together."""
+    ages, shares = {}, {}
+    for hospital in HOSPITALS:
+        values, outcomes = records.draw(hospital, 0, 4000)
+        assert values.shape == (4000, len(records.FIELDS))
+        ages[hospital.name], shares[hospital.name] = values[:, 0].mean(), outcomes.mean()
+        creatinine = values[:, list(records.FIELDS).index("creatinine")]
+        assert creatinine[outcomes].mean() > creatinine[~outcomes].mean() + 0.2
+    # 66 years and half, no and minus seven tenths of a standard deviation of 13 years.
+    assert ages["st-marien"] == pytest.approx(66 + 6.5, abs=1)
+    assert ages["riverside"] == pytest.approx(66, abs=1)
+    assert ages["hopital-nord"] == pytest.approx(66 - 9.1, abs=1)
+    assert all(0.3 < share < 0.6 for share in shares.values())
+
+
+@pytest.mark.parametrize("name", ["demo_segmentation", "demo_classification", "demo_risk"])
 def test_the_demo_studies_are_valid_and_leave_the_sites_to_the_folder(name: str) -> None:
     assert load_study(STUDIES / f"{name}.toml").simulation is None
 
@@ -202,14 +221,14 @@ def test_hospitals_differ_in_format_as_promised() -> None:
     assert len({h.ct.syntax for h in HOSPITALS}) == 3
     assert len({h.ct.spacing_mm for h in HOSPITALS}) == 3
     assert {h.ct.signed for h in HOSPITALS} == {True, False}
-    assert [h.xray.positive for h in HOSPITALS] == [0.3, 0.5, 0.75]
+    assert [h.xray.positive for h in HOSPITALS] == [0.3, 0.5, 0.7]
     assert [h.xray.photometric for h in HOSPITALS].count("MONOCHROME1") == 1
     assert {h.xray.bits > 8 for h in HOSPITALS} == {True, False}
 
 
 def test_labels_are_as_balanced_as_promised() -> None:
     shares = [xray.draw_labels(h, 0, h.xray.images).mean() for h in HOSPITALS]
-    assert shares == [0.3, 0.5, 0.75]
+    assert shares == [0.3, 0.5, 0.7]
 
 
 @pytest.mark.parametrize(("name", "sign"), [("riverside", 1), ("hopital-nord", -1)])
