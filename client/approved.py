@@ -167,6 +167,7 @@ class Approved:
             identity=self._identity(study.digest),
             book=Book.at(book_file(self.home, study.digest), study, site.policy.runs_per_approval),
             approval=lambda: consent.number(self.home, study.digest),
+            note_unlike=lambda fields: consent.note_unlike(self.home, study.digest, fields),
         )
 
     def _identity(self, digest: str) -> Identity:

@@ -263,6 +263,7 @@ def status(
     now = said.state if said is not None and running else "not running"
     own, unread = _site_of(site or Path(said.site_file if said and said.site_file else SITE))
     names = {p.digest: p.name for p in home.published()}
+    unlike = {digest: consent.unlike_others(home, digest) for digest in names}
     verdicts = {p.name: consent.verdict(home, p.digest, own) for p in reversed(home.published())}
     told = refusals.by_reason(home.audit.lines())
     key = key_fingerprint(public_of(home.signing_key()))
@@ -275,6 +276,7 @@ def status(
         "certificate_days": days,
         "studies": verdicts,
         "refused": [asdict(each) for each in told],
+        "unlike": {name: unlike[digest] for digest, name in names.items() if unlike[digest]},
     }
     lines = [
         f"{enrolment.site} in {enrolment.federation} ({enrolment.address}): {now}.",
@@ -283,6 +285,11 @@ def status(
         *([] if days is None else ending(home)),
         *unread,
         *(f"{name}: {verdict}" for name, verdict in verdicts.items()),
+        *(
+            f"{names[digest]}: here is {field}"
+            for digest, fields in unlike.items()
+            for field in fields
+        ),
         *refusals.lines(told, names),
         "Next: medfl-client studies" if running else "Next: medfl-client start",
     ]

@@ -6,6 +6,7 @@ can answer it.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from medfl.common.coordination import AskStudies, Decide, Done, Published, Studi
 from medfl.common.errors import ConfigError, PolicyRefused
 from medfl.common.kept import save_record
 from medfl.common.messages import Instruction
+from medfl.common.private_files import private_folder, read_private, write_private
 from medfl.common.signing import public_of
 from medfl.common.site import Site
 from medfl.common.study import Study
@@ -92,6 +94,21 @@ def note_refusal(home: Home, asked: Instruction, why: str) -> None:
         round=asked.round,
         why=why[:1000],
     )
+
+
+def note_unlike(home: Home, study_digest: str, fields: Collection[str]) -> None:
+    """Keep which fields of this hospital are far from the others', for `medfl-client status`; a
+    later run's word replaces it. It lies beside the study's work and leaves with nothing."""
+    file = home.folder / "work" / study_digest[:16] / "unlike.json"
+    if fields or file.exists():
+        private_folder(file.parent)
+        write_private(file, json.dumps(list(fields)).encode())
+
+
+def unlike_others(home: Home, study_digest: str) -> list[str]:
+    """What `note_unlike` kept last; nothing where no run has begun."""
+    file = home.folder / "work" / study_digest[:16] / "unlike.json"
+    return [str(f) for f in json.loads(read_private(file))] if file.exists() else []
 
 
 def fetch(home: Home, line: Line) -> list[Published]:

@@ -7,6 +7,7 @@ finish   kept weights -> metrics; the scores of single cases stay in the hospita
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,12 +38,15 @@ from medfl.common.site import Policy, SitePrivacy
 from medfl.common.statistics import Shared, shared_from_plain, statistics_to_plain
 from medfl.common.study import Study
 from medfl.common.tensors import Array, Tensors
+from medfl.common.unlike import unlike_all
 from medfl.strategies.catalogue import strategy_for
 from medfl.strategies.home import home_names
 from medfl.strategies.strategy import Local
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
 
 # Networks built here before; building one takes longer than a round of a small site.
 _built: dict[tuple[str, int | None, bool, str], nn.Module] = {}
@@ -61,6 +65,7 @@ class Hospital:
     identity: signs the keys of secure sums and knows the others'; a simulation makes its own.
     book, approval: which questions are answered, and what they are asked under; a simulation, whose
         coordinator is one's own, has no book.
+    note_unlike: is told at round 1 which fields are far from the other hospitals'.
     said: the last answer of a real hospital, by what was asked. masked: the last one to a step of a
         secure sum, by the whole question.
     """
@@ -77,6 +82,7 @@ class Hospital:
     sums_file: Path | None = None
     identity: Identity | None = field(default=None, repr=False)
     book: Book | None = None
+    note_unlike: Callable[[tuple[str, ...]], None] = field(default=lambda fields: None, repr=False)
     approval: Callable[[], str] = field(default=lambda: "", repr=False)
     said: dict[str, Reply] = field(default_factory=dict, repr=False)
     masked: dict[str, Reply] = field(default_factory=dict, repr=False)
@@ -219,6 +225,7 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
     from medfl.client.training.loop import train
 
     study, shared = hospital.study, shared_from_plain(asked.shared)
+    _tell_unlike(hospital, asked, shared)
     model, before = _received(hospital, asked, shared, asked.round - 1)
     metrics = _evaluated(hospital, asked, model, shared)
     cases = case_set(study, shared, hospital.cohort, "train")
@@ -259,6 +266,17 @@ def _round(hospital: Hospital, asked: Instruction) -> Reply:
         control=sent_control,
     )
     return _with_spent(hospital, reply)
+
+
+def _tell_unlike(hospital: Hospital, asked: Instruction, shared: Shared) -> None:
+    """Tell a real hospital, and nobody else, which of its fields are far from the others'."""
+    if asked.round != 1 or hospital.simulated:
+        return
+    private = hospital.terms is not None
+    fields = unlike_all(local_statistics(hospital.study, hospital.cohort, private=private), shared)
+    for field_ in fields:
+        log.warning("this hospital's data are unlike the others': %s", field_)
+    hospital.note_unlike(fields)
 
 
 def _leaving(

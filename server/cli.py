@@ -187,6 +187,7 @@ def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
         "sites": len([s for s in federation.sites() if s.status == "active"]),
         "studies": names,
         "runs": {r.id: r.state for r in open_runs},
+        "missing": {r.id: list(r.missing) for r in open_runs},
         "certificate_days": round(days, 1),
         "fingerprint": authority.authority_fingerprint(federation),
         "audit": "whole" if checked.bad is None else f"line {checked.bad.n} {checked.bad.why}",
@@ -353,7 +354,9 @@ def _opened(folder: Path) -> tuple[Federation, Any]:
 def _stands(federation: Federation, run: Run) -> str:
     from medfl.server import runs
 
-    why = runs.queued_behind(federation, run) or "; ".join(run.missing)
+    named = "; ".join(run.missing)
+    without = "waits for" if run.state == "waiting" else "without"
+    why = runs.queued_behind(federation, run) or (named and f"{without} {named}")
     return f"{run.id}: {run.state}, round {run.round} of {run.rounds}{why and f' ({why})'}"
 
 

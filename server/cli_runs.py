@@ -169,12 +169,11 @@ def runs(folder: Folder = HERE, as_json: AsJson = False) -> None:
     from medfl.server.settings import open_federation
 
     federation = open_federation(folder)
-    found = queue.everything(federation)
-    lines = [
-        f"{r.id}  {r.state}, round {r.round} of {r.rounds}  "
-        f"{r.why or queue.queued_behind(federation, r)}".rstrip()
-        for r in found
-    ]
+    found, lines = queue.everything(federation), []
+    for r in found:
+        why = r.why or queue.queued_behind(federation, r)
+        lines.append(f"{r.id}  {r.state}, round {r.round} of {r.rounds}  {why}".rstrip())
+        lines += [f"  without {each}" for each in r.missing if r.state != "waiting"]
     _show({"runs": [_plain(r) for r in found]}, lines or [NO_RUN], as_json)
 
 
@@ -207,6 +206,7 @@ def _look_on(federation: Federation, run_id: str, as_json: bool) -> None:
     """Show a run to its end, and exit with its code."""
     over = _follow(federation, run_id, quiet=as_json)
     lines = [f"{over.id}: {over.state} after {over.round} rounds. {over.why}".rstrip()]
+    lines += [f"  without {each}" for each in over.missing]
     if over.state == "done":
         lines.append(f"Next: medfl-server report {over.id}")
     _show(_plain(over), lines, as_json)
@@ -226,9 +226,10 @@ def _follow(federation: Federation, run_id: str, *, quiet: bool) -> Run:
         if queued and queued.split(",")[:2] != behind.split(",")[:2] and not quiet:
             typer.echo(f"Waiting. {queued}")
         behind = queued
-        if now.state == "waiting" and now.missing != missing and not quiet:
+        if now.missing != missing:
             missing = now.missing
-            typer.echo(f"Waiting. Missing: {'; '.join(missing) or 'nobody any more'}")
+            if not quiet and (told := _told_missing(now)):
+                typer.echo(told)
         for record in queue.progress(federation, run_id):
             if shown is None or record.round > shown.round:
                 shown = record
@@ -237,6 +238,14 @@ def _follow(federation: Federation, run_id: str, *, quiet: bool) -> Run:
         if now.state in queue.OVER:
             return now
         time.sleep(_LOOK_S)
+
+
+def _told_missing(run: Run) -> str:
+    """Who is waited for, or goes without; "" where there is nothing to say."""
+    named = "; ".join(run.missing)
+    if run.state == "waiting":
+        return f"Waiting. Missing: {named or 'nobody any more'}"
+    return f"Without: {named}" if named else ""
 
 
 def _round_line(record: RoundRecord, rounds: int) -> str:

@@ -38,7 +38,8 @@ OVER = ("done", "failed", "stopped", "paused")
 class Run:
     """One run. created: seconds since 1970. wait_s: for the quorum. why: of a bad end.
 
-    missing: sites that are waited for, each with the reason. exit_code: as `medfl-server run`.
+    missing: sites that are waited for, each with the reason; once it runs, those that take no part.
+    exit_code: as `medfl-server run`.
     model: SHA-256 of the model file, "" before there is one. attempt: how often it was taken up
     again.
     """

@@ -101,7 +101,8 @@ def _run(
     study = study_text.from_text(studies.find(federation, run.digest).study)
     last = kept.last() if run.attempt else None
     sites = _quorum(federation, engine, run, study, check, connect_s)
-    run = replace(run, state="running", sites=tuple(sites), missing=())
+    apart = tuple(_missing(federation, run.digest, set(sites)))
+    run = replace(run, state="running", sites=tuple(sites), missing=apart)
     runs.save(federation, run)
     federation.record("run started", run=run.id, study=run.digest, sites=sites, attempt=run.attempt)
     outcome = engine.run(
@@ -113,7 +114,7 @@ def _run(
         attempt=run.attempt,
         earlier=_earlier(federation, run, last),
         on_round=_note_rounds(federation, run, study.federation.rounds, check),
-        keep=kept.keep,
+        keep=_noting_refusals(federation, run, kept.keep),
         check=check,
         door=Door(
             federation,
@@ -123,6 +124,26 @@ def _run(
         ),
     )
     _finish(federation, run, study, outcome)
+
+
+def _noting_refusals(
+    federation: Federation, run: Run, keep: Callable[[Checkpoint], None]
+) -> Callable[[Checkpoint], None]:
+    """Keeps a checkpoint, and tells beside it which sites take no part now, and why."""
+
+    def noting(checkpoint: Checkpoint) -> None:
+        keep(checkpoint)
+        refused = dict(sorted(checkpoint.prepared.refused.items()))
+        known = {*checkpoint.prepared.roster, *refused}
+        missing = (
+            *_missing(federation, run.digest, known),
+            *(f"{site} ({why})" for site, why in refused.items()),
+        )
+        now = runs.load(federation, run.id)
+        if now.missing != missing:
+            runs.save(federation, replace(now, missing=missing))
+
+    return noting
 
 
 def _earlier(federation: Federation, run: Run, last: Checkpoint | None) -> Earlier | None:

@@ -264,6 +264,28 @@ def test_every_refusal_stays_in_the_status_with_its_reason_and_the_client_says_i
     assert "this one did not begin here" in shown.output
 
 
+def test_a_hospital_whose_numbers_are_unlike_the_others_is_told_so_in_round_1(
+    world: World,
+) -> None:
+    """Here `a` goes from 0 to 2.9; the mean over all hospitals is 100, so the unit is another."""
+    world.approve()
+    asked_over_flower(world, prepare(world))
+    shared = statistics_to_plain(Shared(means={"a": 100.0}, sds={"a": 1.0}))
+    answered = asked_over_flower(world, replace(with_weights(world, "round"), shared=shared))
+    assert answered.refusal == ""
+    assert consent.unlike_others(world.finder.home, world.study.digest) == [
+        "a: a mean far from the other hospitals'; in the same unit?"
+    ]
+    home = world.finder.home
+    save_record(home.enrolment_file, replace(home.enrolment(), address="unix:/nowhere"))
+    shown = CliRunner().invoke(app, ["status", "--state", str(home.folder)])
+    assert "tiny: here is a: a mean far" in shown.output
+    # A later run among hospitals like it takes the word back.
+    asked_over_flower(world, prepare(world, "second"))
+    asked_over_flower(world, replace(with_weights(world, "round"), run="second"))
+    assert consent.unlike_others(home, world.study.digest) == []
+
+
 def test_a_hospital_signs_as_enrolled_and_knows_the_keys_that_are_pinned_and_approved(
     world: World,
 ) -> None:

@@ -230,6 +230,35 @@ def test_from_invitation_to_model_in_real_processes(
 
 
 @pytest.mark.slow
+def test_a_hospital_that_takes_no_part_is_named_with_its_reason(
+    fed: Path, processes: Any, write_study: Callable[..., str]
+) -> None:
+    """One has never approved, one has changed its site.toml since; two train."""
+    work = processes
+    server = work.start("server", "start", until="listening on")
+    write_study()
+    assert work.done("server", "study", "publish", "study.toml").returncode == 0
+    work.join("absent")
+    for name in ("north", "south", "west"):
+        options = work.join(name)
+        assert work.done("client", "studies", *options).returncode == 0
+        assert work.done("client", "approve", "tiny", "--yes", *options).returncode == 0
+        work.start("client", "start", *options, until="Connected")
+    site = work.folder / "west" / "site.toml"
+    site.write_text(site.read_text() + "[policy]\nround_metrics_to = 2\n")
+    run = work.done("server", "run", "tiny", "--wait", "60")
+    assert run.returncode == 0, run.stdout + run.stderr
+    why = "west (no approval that holds at the hospital)"
+    assert "Without: absent (the study is not approved here)" in run.stdout
+    assert why in run.stdout
+    assert f"without {why}" in work.done("server", "runs").stdout
+    shown = work.done("client", "status", *options)
+    assert "site.toml has changed since the approval" in shown.stdout, shown.stdout
+    server.send_signal(signal.SIGTERM)
+    assert work.ended(server) == 0
+
+
+@pytest.mark.slow
 def test_the_server_ends_on_sigterm_and_leaves_nothing_running(fed: Path, processes: Any) -> None:
     server = processes.start("server", "start", until="listening on")
     children = children_of(server.pid)
