@@ -119,7 +119,9 @@ def show(
     home = _home(state)
     published, found = consent.find(home, study)
     own = _site(site) if site.exists() else None
-    told = words.describe(found, published, home.enrolment(), own)
+    told = words.describe(
+        found, published, home.enrolment(), own, consent.before_it(home, published)
+    )
     verdict = consent.verdict(home, found.digest, own)
     told += ["", f"This hospital: {verdict}."]
     refuses = [] if own is None else foreseen.without_data(found, own.policy, own.privacy)
@@ -167,7 +169,9 @@ def approve(
     reading = _checked(home, own, found)
     consent.summed_with(home, found, among or (), own.policy.min_sum_sites)
     if not yes:
-        typer.echo("\n".join(words.describe(found, published, home.enrolment(), own)), err=as_json)
+        before = consent.before_it(home, published)
+        told = words.describe(found, published, home.enrolment(), own, before)
+        typer.echo("\n".join(told), err=as_json)
         typer.echo("", err=as_json)
         question = f"Sign {found.name} for {reading.cases} training cases and {days:g} days?"
         typer.confirm(question, abort=True, err=as_json)
@@ -201,11 +205,13 @@ def withdraw(
     from medfl.client import consent
 
     home = _home(state)
-    _, found = consent.find(home, study)
-    decision = consent.withdraw(home, found.digest)
-    told = _send(home, decision)
-    plain = {"study": found.name, "digest": found.digest, "sent": not told}
-    _show(plain, [f"{found.name}: withdrawn. Nothing runs for it here.", *told], as_json)
+    lines, plain = [], {}
+    for found in consent.approved_as(home, study):
+        told = _send(home, consent.withdraw(home, found.digest))
+        name = f"{found.name} ({found.digest[:12]})"
+        lines += [f"{name}: withdrawn. Nothing runs for it here.", *told]
+        plain = {"study": found.name, "digest": found.digest, "sent": not told}
+    _show(plain, lines, as_json)
 
 
 def start(
@@ -264,7 +270,8 @@ def status(
     own, unread = _site_of(site or Path(said.site_file if said and said.site_file else SITE))
     names = {p.digest: p.name for p in home.published()}
     unlike = {digest: consent.unlike_others(home, digest) for digest in names}
-    verdicts = {p.name: consent.verdict(home, p.digest, own) for p in reversed(home.published())}
+    # Oldest first: of two studies with one name, the name stands for the newest.
+    standing = [(p, consent.verdict(home, p.digest, own)) for p in reversed(home.published())]
     told = refusals.by_reason(home.audit.lines())
     key = key_fingerprint(public_of(home.signing_key()))
     plain = {
@@ -274,7 +281,8 @@ def status(
         "signing_key": key,
         "client": now,
         "certificate_days": days,
-        "studies": verdicts,
+        "studies": {p.name: verdict for p, verdict in standing},
+        "digests": {p.digest: verdict for p, verdict in standing},
         "refused": [asdict(each) for each in told],
         "unlike": {name: unlike[digest] for digest, name in names.items() if unlike[digest]},
     }
@@ -284,7 +292,7 @@ def status(
         holds,
         *([] if days is None else ending(home)),
         *unread,
-        *(f"{name}: {verdict}" for name, verdict in verdicts.items()),
+        *(f"{p.name} ({p.digest[:12]}): {verdict}" for p, verdict in standing),
         *(
             f"{names[digest]}: here is {field}"
             for digest, fields in unlike.items()

@@ -125,12 +125,46 @@ def fetch(home: Home, line: Line) -> list[Published]:
     pin_sites(home, answer.sites)
     for shown in answer.published:
         study_text.opened(coordinator, shown)
+    _note_offered(home, [shown.digest for shown in answer.published])
     for shown in answer.published:
         place = home.folder / "studies" / f"{shown.digest}.json"
         if not place.exists():
             save_record(place, shown)
             home.record("study heard of", study=shown.name, digest=shown.digest)
     return list(answer.published)
+
+
+def _note_offered(home: Home, digests: Collection[str]) -> None:
+    text = json.dumps(sorted(digests)).encode()
+    file = home.folder / "offered.json"
+    if not file.exists() or read_private(file) != text:
+        write_private(file, text)
+
+
+def is_offered(home: Home, digest: str) -> bool:
+    """Whether the coordinator offered the study when it was last asked."""
+    file = home.folder / "offered.json"
+    return not file.exists() or digest in json.loads(read_private(file))
+
+
+def before_it(home: Home, published: Published) -> Study | None:
+    """The last other study of the same name that was heard of before this one."""
+    older = (p for p in home.published() if p.name == published.name and p.at <= published.at)
+    other = next((p for p in older if p.digest != published.digest), None)
+    return None if other is None else by_digest(home, other.digest)
+
+
+def approved_as(home: Home, name: str) -> list[Published]:
+    """Studies of this name, or with a digest that begins so, with an approval not yet taken back;
+    where there is none, the one that `find` finds.
+
+    Raises:
+        ConfigError: no such study is known here.
+    """
+    first, _ = find(home, name)
+    fits = [p for p in home.published() if p.name == name] or [first]
+    decided = [(p, home.decision(p.digest)) for p in fits]
+    return [p for p, word in decided if word is not None and word.verdict == "approved"] or [first]
 
 
 def find(home: Home, name: str) -> tuple[Published, Study]:
@@ -284,12 +318,13 @@ def verdict(home: Home, digest: str, site: Site | None = None) -> str:
 
     site: site.toml as it is now; None where it is not at hand.
     """
+    gone = "" if is_offered(home, digest) else "; the coordinator offers it no longer"
     if home.decision(digest) is None:
-        return "not decided"
+        return f"not decided{gone}"
     known = allowed(home, digest, None, site)
     if isinstance(known, Refusal):
-        return known.why
-    return f"approved until {time.strftime('%Y-%m-%d', time.gmtime(known.expires))}"
+        return f"{known.why}{gone}"
+    return f"approved until {time.strftime('%Y-%m-%d', time.gmtime(known.expires))}{gone}"
 
 
 def _keep(home: Home, decision: Decision) -> Decision:

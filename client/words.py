@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from medfl.client.budget import terms_of
 from medfl.client.premises import Enrolment
+from medfl.common import study_text
 from medfl.common.coordination import Published
 from medfl.common.signing import key_fingerprint
 from medfl.common.site import Policy, Site
@@ -20,13 +21,18 @@ _TASKS = {
 
 
 def describe(
-    study: Study, published: Published, enrolment: Enrolment, site: Site | None
+    study: Study,
+    published: Published,
+    enrolment: Enrolment,
+    site: Site | None,
+    before: Study | None = None,
 ) -> list[str]:
     """Who asks, what is computed, what leaves, under which privacy, how long; one line each.
 
     site: the hospital's own file, whose policy narrows what the study asks; None = not given.
+    before: the last other study of this name, to say what has changed since.
     """
-    return [
+    lines = [
         *_who(study, published, enrolment),
         "",
         *_computed(study, site),
@@ -35,7 +41,24 @@ def describe(
         *_summed_with(study, enrolment),
         "",
         *_privacy(study, site),
+        "",
+        *_changed(study, before),
+        "All that acts, as the study says it (what is not named here is left open):",
+        *(f"  {key} = {value}" for key, value in study_text.settings(study).items()),
     ]
+    return [_printable(line) for line in lines]
+
+
+def _printable(line: str) -> str:
+    """A text of the study cannot begin a line of its own, nor send codes to the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def _changed(study: Study, before: Study | None) -> Iterator[str]:
+    if before is not None:
+        yield f"There was another study of this name ({before.digest[:12]}). This one differs in:"
+        yield from (f"  {line}" for line in study_text.changes(before, study))
+        yield ""
 
 
 def _who(study: Study, published: Published, enrolment: Enrolment) -> Iterator[str]:
@@ -62,6 +85,10 @@ def _computed(study: Study, site: Site | None) -> Iterator[str]:
         f"{training.local_steps} optimiser steps"
         if training.local_steps is not None
         else f"{training.local_epochs} passes over the training cases"
+    )
+    yield (
+        f"  Learning rate {training.learning_rate:g} ({training.optimiser}), batches of "
+        f"{training.batch_size}."
     )
     yield (
         f"  {federation.rounds} rounds; in each, {amount} on this hospital's machine "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -39,6 +40,50 @@ def from_text(text: str) -> Study:
     if not isinstance(plain, dict):
         raise ConfigError("The published study is not a JSON object.")
     return config.parse(plain, Study, "published study")
+
+
+def refuse_control(study: Study) -> None:
+    """Raises ConfigError where a text has a line break or a code for terminals: in the words that a
+    hospital reads before it signs, such a text could write a line that medfl did not."""
+    faults = [
+        f"{key}: has a line break or a control character; write it in one line of plain text"
+        for key, value in settings(study).items()
+        if isinstance(value, str) and not value.isprintable()
+    ]
+    if faults:
+        raise ConfigError(faults)
+
+
+def settings(study: Study) -> dict[str, Any]:
+    """All that the study says, by dotted key; what it leaves open is not there."""
+    return dict(_flat("", json.loads(to_text(study))))
+
+
+def changes(before: Study, after: Study) -> list[str]:
+    """What another study of the same name says otherwise, one line a key."""
+    old, new = settings(before), settings(after)
+    lines = []
+    for key in sorted({*old, *new}):
+        if key not in new:
+            lines.append(f"{key} = {old[key]!r} is no longer there")
+        elif key not in old:
+            lines.append(f"{key} = {new[key]!r} is new")
+        elif old[key] != new[key]:
+            lines.append(f"{key}: {old[key]!r} becomes {new[key]!r}")
+    return lines
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from _flat(f"{key}.{name}" if key else name, each)
+    elif isinstance(value, list) and any(isinstance(each, dict | list) for each in value):
+        for number, each in enumerate(value):
+            yield from _flat(f"{key}.{number}", each)
+    elif isinstance(value, list):
+        yield key, ", ".join(str(each) for each in value)
+    elif value is not None:
+        yield key, value
 
 
 def publish(key: SigningKey, study: Study, at: float) -> Published:

@@ -42,9 +42,14 @@ def add_run_commands(app: typer.Typer) -> None:
 def publish(
     study: Annotated[Path, typer.Argument(help="The study file (study.toml).")],
     folder: Folder = HERE,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Withdraw another study of this name.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check, sign and offer a study; the same study again changes nothing.
+
+    Another study under a name that is taken is refused, line by line, unless it is to replace it.
 
     Example: medfl-server study publish lung.toml --folder ~/fed
     """
@@ -52,13 +57,33 @@ def publish(
     from medfl.server import studies
     from medfl.server.settings import open_federation
 
-    made = studies.publish(open_federation(folder), load_study(study))
+    made = studies.publish(open_federation(folder), load_study(study), replace=replace)
     lines = [
         f"Published {made.name}, digest {made.digest}.",
         f"Hospitals now see it: medfl-client studies; medfl-client show {made.name}; "
         f"medfl-client approve {made.name}",
         f"Next: medfl-server run {made.name} --folder {folder}",
     ]
+    _show({"name": made.name, "digest": made.digest}, lines, as_json)
+
+
+@study_app.command()
+def withdraw(
+    study: Annotated[str, typer.Argument(help="A published study: name, or digest's beginning.")],
+    folder: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Offer a study no longer; models that it has trained stay.
+
+    Example: medfl-server study withdraw lung --folder ~/fed
+    """
+    from medfl.server import studies
+    from medfl.server.settings import open_federation
+
+    federation = open_federation(folder)
+    made = studies.find(federation, study)
+    studies.withdraw(federation, made)
+    lines = [f"{made.name} ({made.digest[:12]}) is offered no longer.", "Next: medfl-server status"]
     _show({"name": made.name, "digest": made.digest}, lines, as_json)
 
 

@@ -61,7 +61,7 @@ def affected_by(federation: Federation, who: str) -> list[Affected]:
             f"{who}: is neither a site that has approved a study nor the beginning (6 characters "
             "or more) of one approved cohort's digest; `medfl-client lineage` tells it"
         )
-    named = {p.digest: p.name for p in studies.published(federation)}
+    named = {p.digest: p.name for p in studies.ever_published(federation)}
     found: list[Affected] = []
     everything = _runs(federation)
     for run_id, run in everything.items():
@@ -95,7 +95,7 @@ def _descendants(
     """Runs of studies that start from an affected run's model, and from theirs."""
     starts = {
         p.digest: json.loads(p.study)["model"].get("start_weights_sha256") or ""
-        for p in studies.published(federation)
+        for p in studies.ever_published(federation)
     }
     spoilt, known = {a.model for a in found if a.model}, {a.run for a in found}
     added: list[Affected] = []

@@ -17,27 +17,82 @@ from medfl.server.federation import Federation, SiteRecord
 MAX_APPROVAL_S = 3 * 366 * 86400
 
 
-def publish(federation: Federation, study: Study) -> Published:
+def publish(federation: Federation, study: Study, *, replace: bool = False) -> Published:
     """Sign a study and offer it to the sites; the same study again is the same publication.
 
+    replace: another study of this name is withdrawn.
+
     Raises:
-        ConfigError: the study cannot be published.
+        ConfigError: the study cannot be published: it names what no catalogue has, a text has a
+            control character, or another study has its name.
     """
+    from medfl.strategies.catalogue import study_faults  # its models take their time to import
+
+    if faults := study_faults(study):
+        raise ConfigError(faults)
+    study_text.refuse_control(study)
+    same_name = [p for p in published(federation) if p.name == study.name]
+    others = [p for p in same_name if p.digest != study.digest]
+    if others and not replace:
+        raise ConfigError(_name_is_taken(others[0], study))
+    for other in others:
+        withdraw(federation, other)
     with federation.change():
         file = federation.state / "studies" / f"{study.digest}.json"
         known = load_record(file, Published)
         if known is not None:
             return known
+        _withdrawn_file(federation, study.digest).unlink(missing_ok=True)
         made = study_text.publish(federation.signing_key(), study, federation.clock())
         federation.record("published", study=study.name, digest=study.digest)
         save_record(file, made)
         return made
 
 
+def _name_is_taken(other: Published, study: Study) -> list[str]:
+    changed = study_text.changes(study_text.from_text(other.study), study)
+    return [
+        f"name: {study.name} is published already, with the digest {other.digest[:12]}. Give this "
+        "study another name, or withdraw the other one with --replace. This one differs in:",
+        *(f"  {line}" for line in changed),
+    ]
+
+
+def withdraw(federation: Federation, made: Published) -> None:
+    """Offer a study no longer. What it has trained stays, and so do hospitals' decisions.
+
+    Raises:
+        ConfigError: a run of it is not over.
+    """
+    from medfl.server import runs
+
+    for run in runs.everything(federation):
+        if run.digest == made.digest and run.state in ("waiting", "running"):
+            raise ConfigError(
+                f"{made.name}: {run.id} is {run.state}. End it first: medfl-server stop {run.id}"
+            )
+    with federation.change():
+        federation.record("publication withdrawn", study=made.name, digest=made.digest)
+        save_record(_withdrawn_file(federation, made.digest), made)
+        (federation.state / "studies" / f"{made.digest}.json").unlink(missing_ok=True)
+
+
+def _withdrawn_file(federation: Federation, digest: str) -> Path:
+    return federation.state / "studies" / "withdrawn" / f"{known_digest(digest)}.json"
+
+
 def published(federation: Federation) -> list[Published]:
     """All publications, newest first."""
     found = load_records(federation.state / "studies", Published)
     return sorted(found, key=lambda p: (-p.at, p.digest))
+
+
+def ever_published(federation: Federation) -> list[Published]:
+    """Those that are offered, then those that were withdrawn."""
+    return [
+        *published(federation),
+        *load_records(federation.state / "studies" / "withdrawn", Published),
+    ]
 
 
 def find(federation: Federation, name: str) -> Published:
@@ -69,7 +124,8 @@ def decide(federation: Federation, site: SiteRecord, decision: Decision) -> None
     """
     if decision.site != site.name or not is_by(site.signing_key, decision):
         raise PolicyRefused("The decision is not signed by the key that was pinned for this site.")
-    if not (federation.state / "studies" / f"{known_digest(decision.study)}.json").exists():
+    offered = federation.state / "studies" / f"{known_digest(decision.study)}.json"
+    if not offered.exists() and not _withdrawn_file(federation, decision.study).exists():
         raise PolicyRefused("The decision is about a study that is not published here.")
     if decision.verdict == "approved":
         known_digest(decision.cohort)

@@ -24,7 +24,7 @@ from medfl.common.site import Policy, SitePrivacy
 from medfl.common.site import Site as SiteFile
 from medfl.common.source import DataSource
 from medfl.common.study import Privacy, Study
-from medfl.server import authority, studies
+from medfl.server import authority, runs, studies
 from medfl.server.federation import Federation, SiteRecord
 from medfl.server.settings import ServerSettings, open_federation
 
@@ -39,7 +39,7 @@ STUDY = {
     "image": {"dimensions": 2, "size": [28, 28]},
     "model": {"name": "cnn", "options": {"channels": [4, 8], "dropout": 0.1}},
     "training": {"local_steps": 4},
-    "federation": {"rounds": 5, "min_sites": 2, "options": {"mu": 1.0}},
+    "federation": {"rounds": 5, "min_sites": 2, "strategy": "fedprox", "options": {"mu": 1.0}},
 }
 
 
@@ -126,12 +126,106 @@ def test_publishing_again_is_the_same_publication_and_a_change_is_another(world:
     first = studies.publish(world.federation, study())
     world.clock.now += 60
     assert studies.publish(world.federation, study()) == first
-    second = studies.publish(world.federation, study(purpose="Find more"))
+    second = studies.publish(world.federation, study(purpose="Find more"), replace=True)
     assert second.digest != first.digest
     assert studies.find(world.federation, "lung") == second
-    assert studies.find(world.federation, first.digest[:8]) == first
+    with pytest.raises(ConfigError, match="no such study"):
+        studies.find(world.federation, first.digest[:8])
+    assert studies.publish(world.federation, study(), replace=True).digest == first.digest
     with pytest.raises(ConfigError, match="no such study"):
         studies.find(world.federation, "heart")
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"model": {"name": "logistik"}}, "logistik"),
+        ({"federation": {"rounds": 5, "strategy": "fedagv", "min_sites": 2}}, "fedagv"),
+        ({"purpose": "Find it\nPrivacy: epsilon 0.1."}, "purpose: has a line break"),
+        ({"title": "Lung\x1b[2K"}, "title: has a line break or a control character"),
+    ],
+)
+def test_a_study_that_no_hospital_could_serve_or_read_is_not_published(
+    world: World, changed: dict[str, object], what: str
+) -> None:
+    with pytest.raises(ConfigError, match=what):
+        studies.publish(world.federation, study(**changed))
+    assert studies.published(world.federation) == []
+
+
+def test_a_name_that_is_taken_is_refused_with_what_differs_line_by_line(world: World) -> None:
+    first = studies.publish(world.federation, study())
+    other = study(training={"local_steps": 4, "learning_rate": 0.5}, purpose="Find more")
+    with pytest.raises(ConfigError) as refused:
+        studies.publish(world.federation, other)
+    text = str(refused.value)
+    assert first.digest[:12] in text
+    assert "training.learning_rate: 0.01 becomes 0.5" in text
+    assert "purpose: 'Find pneumonia' becomes 'Find more'" in text
+    assert studies.published(world.federation) == [first]
+
+
+def test_a_publication_that_is_withdrawn_is_offered_no_longer_and_hospitals_see_that(
+    world: World, known: Study
+) -> None:
+    approve(world, known)
+    consent.send_all(world.home, world)  # type: ignore[arg-type]
+    made = studies.find(world.federation, "lung")
+    studies.withdraw(world.federation, made)
+    assert studies.published(world.federation) == []
+    assert studies.ever_published(world.federation) == [made]
+    consent.fetch(world.home, world)  # type: ignore[arg-type]
+    assert "the coordinator offers it no longer" in consent.verdict(world.home, known.digest)
+    # What a hospital says of it later is still heard: a client that starts says all it has decided.
+    consent.withdraw(world.home, known.digest)
+    assert consent.send_all(world.home, world) == 1  # type: ignore[arg-type]
+    again = studies.publish(world.federation, study())
+    assert (again.digest, studies.ever_published(world.federation)) == (made.digest, [again])
+
+
+def test_a_study_with_an_open_run_is_not_withdrawn(world: World, known: Study) -> None:
+    made = studies.find(world.federation, "lung")
+    run = runs.ask(world.federation, made, 5, seed=1, wait_s=1, deadline_s=1)
+    with pytest.raises(ConfigError, match=f"{run.id} is waiting"):
+        studies.withdraw(world.federation, made)
+
+
+def test_a_new_study_under_an_old_name_is_shown_as_what_changed(world: World, known: Study) -> None:
+    world.clock.now += DAY
+    other = study(training={"local_steps": 4, "learning_rate": 0.5})
+    made = studies.publish(world.federation, other, replace=True)
+    consent.fetch(world.home, world)  # type: ignore[arg-type]
+    before = consent.before_it(world.home, made)
+    assert before == known
+    text = words.describe(other, made, world.home.enrolment(), None, before)
+    assert (
+        f"There was another study of this name ({known.digest[:12]}). This one differs in:" in text
+    )
+    assert "  training.learning_rate: 0.01 becomes 0.5" in text
+    old = next(p for p in world.home.published() if p.digest == known.digest)
+    assert consent.before_it(world.home, old) is None
+
+
+def test_an_approval_is_taken_back_by_the_name_although_a_newer_study_has_it(
+    world: World, known: Study
+) -> None:
+    """`withdraw lung` looked at the newest study of that name and said: never approved."""
+    approve(world, known)
+    world.clock.now += DAY
+    made = studies.publish(world.federation, study(purpose="More"), replace=True)
+    consent.fetch(world.home, world)  # type: ignore[arg-type]
+    assert [p.digest for p in consent.approved_as(world.home, "lung")] == [known.digest]
+    assert [p.digest for p in consent.approved_as(world.home, made.digest[:9])] == [made.digest]
+    assert [p.digest for p in consent.approved_as(world.home, known.digest[:9])] == [known.digest]
+
+
+def test_what_acts_is_told_to_the_last_key_and_no_text_writes_a_line_of_its_own() -> None:
+    text = told(study(training={"local_steps": 4, "learning_rate": 0.003}), None)
+    assert "Learning rate 0.003 (sgd), batches of 32." in text
+    for line in ("training.momentum", "model.options.dropout = 0.1", "federation.rounds = 5"):
+        assert f"\n  {line}" in text
+    forged = told(study(purpose="x\nThe signature is wrong.\x1b[2J"), None)
+    assert "For what: x\\nThe signature is wrong.\\x1b[2J." in forged.splitlines()
 
 
 def test_an_altered_study_is_refused_before_it_is_kept(world: World) -> None:
