@@ -90,6 +90,8 @@ REASONS: dict[str, str] = {
     "withdrawn": "The patient has withdrawn consent (`medfl-client exclude`). It is right that the "
     "case is not used.",
     "not_dicom": "The file is not DICOM. If it should be, export it again from the archive.",
+    "other_file": "The file is of another kind (a viewer, a preview), as its name says. It is "
+    "not used; nothing needs to be done.",
     "not_an_image": "The DICOM object holds no image (a report, a presentation state, an index). "
     "It is not used; nothing needs to be done.",
     "dicom_truncated": "The DICOM file ends too early: the transfer broke off. Send it again from "
@@ -123,12 +125,16 @@ REASONS: dict[str, str] = {
     "series again from the archive.",
     "several_volumes": "The series holds several volumes of the same place (over time, echoes or "
     "reconstructions). Export the one that the study means as a series of its own.",
+    "several_acquisitions": "Slices of several acquisitions lie between each other in one series. "
+    "Export the one that the study means as a series of its own.",
     "mosaic": "The slices are stored side by side in one picture (mosaic). Export the series as "
     "single slices or as enhanced DICOM.",
 }
 
 # Left out without anything being wrong, so that they do not count as faulty data.
-NOT_FAULTY = frozenset({"incomplete_record", "not_in_table", "not_an_image", "withdrawn"})
+NOT_FAULTY = frozenset(
+    {"incomplete_record", "not_in_table", "not_an_image", "other_file", "withdrawn"}
+)
 
 # The hospital must look before anything is trained, however few there are.
 BLOCKING = frozenset({"uid_conflict"})

@@ -32,7 +32,7 @@ from medfl.common.study import Study
 log = logging.getLogger(__name__)
 
 # Raise when readers or preprocessing change their results.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _NAMES = ("inputs.bin", "masks.bin")
 _DTYPES = ("float32", "uint8")
 _UNFINISHED = ".unfinished-"

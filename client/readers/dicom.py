@@ -21,6 +21,7 @@ import numpy as np
 from medfl.client.data.cases import CaseRef, Found, Picture, Quarantined
 from medfl.client.readers import image as images
 from medfl.client.readers import nifti, sandbox
+from medfl.client.readers.dicom_broken import Broken, series_without_slices
 from medfl.client.readers.dicom_geometry import Place, along_normal
 from medfl.client.readers.dicom_values import filled
 from medfl.client.readers.lines import join, lines_of
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 _BESIDE = (".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".log", ".toml", ".ini")
 _NAMES_BESIDE = ("readme", "license", "version", "lockfile", "autorun.inf", "thumbs.db")
 _MASKS = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".gif")
+_ENDINGS = ("", ".dcm", ".dicom", ".dic", ".ima", ".img")
 _CHUNK = 64
 # Each is a process with pydicom in it, about 100 MB.
 _SCANNERS = min(16, len(os.sched_getaffinity(0)))
@@ -61,18 +63,25 @@ class Item:
 
 def find(source: DataSource, study: Study) -> Found:
     """Group the files of a folder tree by patient, study and series, and match table and masks."""
-    items, faulty = _scan(source.path)
+    items, broken = _scan(source.path)
+    faulty = [_quarantined(b, source.path) for b in broken]
     images_found = [i for i in items if i.header["kind"] == "image"]
     segmentations = [i for i in items if i.header["kind"] == "segmentation"]
     if source.masks is not None and not source.masks.is_relative_to(source.path):
         more, also_faulty = _scan(source.masks)
         segmentations += [i for i in more if i.header["kind"] == "segmentation"]
-        faulty += also_faulty
+        faulty += [_quarantined(b, source.masks) for b in also_faulty]
     dimensions = study.image.dimensions if study.image else 3
     images_found, again, copies = _without_copies(images_found, dimensions)
+    reported = [q.case_id for q in faulty]
+    if dimensions == 3:
+        whole, lacking, told = _whole_series(images_found, broken, source.path)
+        faulty = [*lacking, *(q for q in faulty if q.case_id not in told)]
+        reported += _names_in_table(images_found, {q.case_id for q in lacking})
+        images_found = whole
     cases = [_case(group, dimensions) for group in _groups(images_found, dimensions)]
     if source.table is not None:
-        cases, unlisted = _with_table(cases, source, study, [q.case_id for q in faulty], copies)
+        cases, unlisted = _with_table(cases, source, study, reported, copies)
     else:
         unlisted = []
     cases, unmasked = _with_masks(cases, source, segmentations, images_found)
@@ -91,26 +100,63 @@ def _files(root: Path) -> Iterator[tuple[Path, bool]]:
                 yield path, stat.S_ISREG(path.lstat().st_mode)
 
 
-def _scan(root: Path) -> tuple[list[Item], list[Quarantined]]:
+def _scan(root: Path) -> tuple[list[Item], list[Broken]]:
     items: list[Item] = []
-    faulty: list[Quarantined] = []
+    faulty: list[Broken] = []
     plain: list[Path] = []
     for path, is_plain in _files(root):
         if is_plain:
             plain.append(path)
         else:
-            faulty.append(Quarantined(str(path.relative_to(root)), "not_a_plain_file"))
+            faulty.append(Broken(path, "not_a_plain_file", ""))
     step = max(1, min(_CHUNK, -(-len(plain) // _SCANNERS)))  # few files, too, go to all of them
     chunks = [plain[start : start + step] for start in range(0, len(plain), step)]
     with ThreadPoolExecutor(min(_SCANNERS, max(1, len(chunks)))) as pool:
         headers = [header for part in pool.map(_headers, chunks) for header in part]
     for path, header in zip(plain, headers, strict=True):
         if "reason" in header:
-            name = str(path.relative_to(root))
-            faulty.append(Quarantined(name, header["reason"], header["detail"]))
+            series = header.get("series", "")
+            faulty.append(Broken(path, header["reason"], header["detail"], series))
         else:
             items.append(Item(path, header))
     return items, faulty
+
+
+def _quarantined(broken: Broken, root: Path) -> Quarantined:
+    reason = broken.reason
+    ending = broken.path.suffix.lower()
+    # Another ending than DICOM's, which may also be the last number of a UID: it never was one.
+    if reason == "not_dicom" and ending not in _ENDINGS and not ending[1:].isdecimal():
+        reason = "other_file"
+    return Quarantined(str(broken.path.relative_to(root)), reason, broken.detail)
+
+
+def _whole_series(
+    items: Sequence[Item], broken: Sequence[Broken], root: Path
+) -> tuple[list[Item], list[Quarantined], set[str]]:
+    """The items of series without a broken slice, the others as one case each, and the files
+    whose fault is told by that. A series without its last slice would look like a whole one."""
+    lacking = series_without_slices(broken, [(i.path, i.header) for i in items])
+    # A multi-frame file is whole by itself.
+    alone = {i.header["series"] for i in items if i.header["frames"] > 1}
+    lacking = {series: files for series, files in lacking.items() if series not in alone}
+    aside = [
+        Quarantined(series, files[0].reason, f"{len(files)} of its files: {_names_of(files, root)}")
+        for series, files in sorted(lacking.items())
+    ]
+    told = {str(b.path.relative_to(root)) for files in lacking.values() for b in files}
+    return [i for i in items if i.header["series"] not in lacking], aside, told
+
+
+def _names_in_table(items: Sequence[Item], series: set[str]) -> list[str]:
+    """By what a table's rows may name these series."""
+    keys = ("series", "study", "accession", "patient")
+    return [i.header[k] for i in items if i.header["series"] in series for k in keys]
+
+
+def _names_of(files: Sequence[Broken], root: Path) -> str:
+    shown = ", ".join(str(b.path.relative_to(root)) for b in files[:3])
+    return f"{shown} {files[0].detail}".strip()
 
 
 def _headers(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -141,7 +187,7 @@ def _without_copies(
     copied: set[str] = set()
     copies: dict[Path, list[Path]] = {}
     for uid, same in by_uid.items():
-        contents = {_content(item.path) for item in same} if len(same) > 1 else {""}
+        contents = _contents([item.path for item in same])
         if len(contents) > 1:
             aside.append(Quarantined(uid, "uid_conflict", f"{len(contents)} different files"))
             continue
@@ -152,7 +198,24 @@ def _without_copies(
     return kept, [*aside, *(Quarantined(n, "duplicate") for n in sorted(copied))], copies
 
 
-def _content(path: Path) -> str:
+def _contents(paths: Sequence[Path]) -> set[str]:
+    """The different contents of files with one UID: by their bytes, else by what they show.
+
+    An archive that exports an image again may write it in another transfer syntax.
+    """
+    if len(paths) == 1:
+        return {""}
+    by_bytes = {_digest(path) for path in paths}
+    if len(by_bytes) == 1:
+        return by_bytes
+    try:
+        request = {"command": "contents", "files": [str(p) for p in paths]}
+        return set(sandbox.ask(request, _FILE_S * len(paths)).plain["contents"])
+    except CaseError:
+        return by_bytes
+
+
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -203,7 +266,7 @@ def _with_table(
 ) -> tuple[list[CaseRef], list[Quarantined]]:
     """Join each case with its line (`lines.join`). Cases without one are not part of the study.
 
-    faulty: files that were set aside already; their lines are not reported once more.
+    faulty: files and series that were set aside already; their lines are not reported once more.
     """
     lines = lines_of(read_rows(source, source.table or source.path), source)
     names = []

@@ -6,14 +6,17 @@ differ only in where a frame's place and rescaling are written (PS3.3 C.7.6.16).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medfl.client.readers.dicom_geometry import Place, plane_affine, stack
-from medfl.client.readers.dicom_values import background, frames, functional
+from medfl.client.readers.dicom_acquisition import whole
+from medfl.client.readers.dicom_geometry import Place, plane_affine
+from medfl.client.readers.dicom_places import frame_places
+from medfl.client.readers.dicom_values import background, frames
 from medfl.common.errors import CaseError
 
 Array = NDArray[np.generic]
@@ -54,27 +57,6 @@ def check_burned_in(dataset: Any, modality: str, kind: str) -> None:
         raise CaseError("burned_in_unknown", modality)
 
 
-def frame_places(dataset: Any) -> list[Place]:
-    """The place of every frame; empty tuples where the file does not say."""
-    enhanced = "PerFrameFunctionalGroupsSequence" in dataset
-    count = len(dataset.PerFrameFunctionalGroupsSequence) if enhanced else 1
-    return [place_of(dataset, frame) for frame in range(count)]
-
-
-def place_of(dataset: Any, frame: int) -> Place:
-    """The place of one frame; empty tuples where the file does not say."""
-
-    def numbers(sequence: str, keyword: str) -> tuple[float, ...]:
-        return tuple(float(v) for v in functional(dataset, frame, sequence, keyword) or ())
-
-    spacing = numbers("PixelMeasuresSequence", "PixelSpacing")
-    return Place(
-        numbers("PlanePositionSequence", "ImagePositionPatient"),
-        numbers("PlaneOrientationSequence", "ImageOrientationPatient"),
-        spacing or tuple(float(v) for v in dataset.get("ImagerPixelSpacing") or ()),
-    )
-
-
 def _check_alike(datasets: Sequence[Any]) -> None:
     keys = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation")
     if len({tuple(str(d.get(k)) for k in keys) for d in datasets}) > 1:
@@ -87,11 +69,7 @@ def volume(datasets: Sequence[Any]) -> Answer:
     Raises CaseError.
     """
     _check_alike(datasets)
-    places = [place for dataset in datasets for place in frame_places(dataset)]
-    count = sum(int(d.get("NumberOfFrames") or 1) for d in datasets)
-    if len(places) != count:
-        raise CaseError("no_orientation", "the file does not say where its frames lie")
-    grid = stack(places)
+    datasets, grid = whole(datasets)
     values = np.concatenate([frames(d) for d in datasets])[list(grid.order)]
     colours = values[..., np.newaxis] if values.ndim == 3 else values
     array = np.ascontiguousarray(colours.transpose(3, 2, 1, 0))
@@ -124,3 +102,18 @@ def _flat_affine(place: Place) -> list[list[float]] | None:
     normal = np.cross(place.orientation[:3], place.orientation[3:])
     affine: list[list[float]] = plane_affine(place, normal)[:, [1, 0, 2, 3]].tolist()
     return affine
+
+
+def content(dataset: Any) -> str:
+    """SHA-256 of what an image shows, of whom and where: the same however it is stored."""
+    values = frames(dataset)
+    names = (
+        "PatientID",
+        "StudyInstanceUID",
+        "SeriesInstanceUID",
+        "Modality",
+        "FrameOfReferenceUID",
+    )
+    said = [str(dataset.get(name, "")) for name in names]
+    said += [str(place) for place in frame_places(dataset)] + [str(values.shape)]
+    return hashlib.sha256("\0".join(said).encode() + values.tobytes()).hexdigest()

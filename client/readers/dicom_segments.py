@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medfl.client.readers.dicom_geometry import on_grid, plane_affine, stack
-from medfl.client.readers.dicom_pixels import Answer, frame_places, place_of
+from medfl.client.readers.dicom_acquisition import whole
+from medfl.client.readers.dicom_geometry import on_grid, plane_affine
+from medfl.client.readers.dicom_pixels import Answer
+from medfl.client.readers.dicom_places import frame_places, place_of
 from medfl.client.readers.dicom_values import functional
 from medfl.client.readers.structures import Names, class_of
 from medfl.common.errors import CaseError
@@ -81,9 +83,8 @@ def mask(segments: Any, datasets: Sequence[Any], request: dict[str, Any]) -> Ans
     layers = _layers(segments, Names(**request["names"]))
     if request["dimensions"] == 2:
         return _flat_mask(layers, segments, datasets[0])
-    image_places = [place for dataset in datasets for place in frame_places(dataset)]
-    grid = stack(image_places)
-    shape = (int(datasets[0].Columns), int(datasets[0].Rows), len(image_places))
+    _, grid = whole(datasets)
+    shape = (int(datasets[0].Columns), int(datasets[0].Rows), len(grid.order))
     places = [place_of(segments, i) for i in range(len(layers))]
     array = on_grid(layers, places, grid.affine, shape)
     return {"affine": grid.affine.tolist(), "spacing_mm": grid.spacing_mm}, array

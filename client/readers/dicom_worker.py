@@ -82,8 +82,28 @@ def headers(request: dict[str, Any]) -> tuple[dict[str, Any], None]:
         try:
             found.append(_header(Path(name)))
         except CaseError as error:
-            found.append({"reason": error.reason, "detail": error.detail})
+            series = _series(Path(name))
+            found.append({"reason": error.reason, "detail": error.detail, "series": series})
     return {"headers": found}, None
+
+
+def _series(path: Path) -> str:
+    """The series that a file which cannot be used says that it is of; "" where it does not."""
+    try:
+        check_start(path)
+        found = dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
+        return str(found.get("SeriesInstanceUID") or "")
+    except (CaseError, RecursionError, MemoryError, InvalidDicomError, *_PARSE):
+        return ""
+
+
+def contents(request: dict[str, Any]) -> tuple[dict[str, Any], None]:
+    """{"files"} -> one SHA-256 a file of what it shows, of whom and where, however it is written.
+
+    Raises CaseError where one of them cannot be decoded.
+    """
+    datasets = [open_checked(Path(name)) for name in request["files"]]
+    return _decoding(lambda: ({"contents": [dicom_pixels.content(d) for d in datasets]}, None))
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -154,6 +174,7 @@ def _decoding(read: Callable[[], tuple[dict[str, Any], Any]]) -> tuple[dict[str,
 
 _COMMANDS: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], Any]]] = {
     "headers": headers,
+    "contents": contents,
     "image": image,
     "segmentation": segmentation,
     "deidentify": deidentify,

@@ -221,7 +221,8 @@ def test_a_lost_slice_a_second_volume_and_a_stray_direction_are_reported(
 ) -> None:
     for name, heights in {"gap": (0, 5, 15), "again": (0, 5, 0, 5)}.items():
         for i, z in enumerate(heights):
-            save(dicom_slice(position=(0, 0, z)), tmp_path / name / f"{i}.dcm")
+            pixels = np.arange(12, dtype=np.int16).reshape(3, 4) + i
+            save(dicom_slice(pixels, position=(0, 0, z)), tmp_path / name / f"{i}.dcm")
     for i in range(3):
         ds = dicom_slice(position=(0, 0, 5 * i))
         if i == 2:

@@ -22,7 +22,8 @@ from medfl.client.data.reasons import REASONS
 from medfl.client.deid.folder import SUMMARY, deidentify_folder
 from medfl.client.deid.treat import BAD_VALUE
 from medfl.client.readers import READERS
-from medfl.client.readers.dicom_pixels import frame_places, frames
+from medfl.client.readers.dicom_places import frame_places
+from medfl.client.readers.dicom_values import frames
 from medfl.common.errors import CaseError, ConfigError, DataError
 from medfl.common.site import Deid
 from medfl.common.source import DataSource
