@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -282,3 +283,29 @@ def test_killed_at_any_moment_the_ledger_never_says_too_little(tmp_path: Path) -
 def test_a_ledger_written_afterwards_would_be_caught(tmp_path: Path) -> None:
     found = spent_and_released(tmp_path, "released first", seed=0)
     assert any(by_ledger < real for by_ledger, real in found)
+
+
+def test_a_reservation_is_on_the_disk_before_the_data_are_touched(
+    ledger: Ledger, monkeypatch
+) -> None:
+    # What a file holds when it is flushed outlasts a power cut; what is written later may not. So
+    # each file's content at its last flush is kept, and what was reserved must be in it.
+    flushed: dict[str, bytes] = {}
+    real = os.fsync
+
+    def watched(handle: int) -> None:
+        real(handle)
+        file = Path(f"/proc/self/fd/{handle}").readlink()
+        flushed[file.name] = file.read_bytes() if file.is_file() else b""
+
+    monkeypatch.setattr(os, "fsync", watched)
+    for round_ in (1, 2):
+        entry = ledger.reserve(charge(round_), SIX)
+        assert flushed["ledger.jsonl"] == file_of(ledger).read_bytes()
+        assert json.loads(flushed["ledger.jsonl"].splitlines()[-1])["number"] == entry.number
+    # The patients whom it speaks of, the key of their hashes, and the folder that names the files.
+    assert any(entry.cohort in name and len(held) == 8 * 6 for name, held in flushed.items())
+    assert any("key" in name and len(held) == 32 for name, held in flushed.items())
+    assert ledger.folder.name in flushed
+    ledger.settle(entry)
+    assert json.loads(flushed["ledger.jsonl"].splitlines()[-1])["kind"] == "settle"

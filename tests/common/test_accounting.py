@@ -40,6 +40,29 @@ def test_opacus_own_accountant_agrees_within_its_error() -> None:
     assert theirs - 0.02 <= epsilon(history, 1e-5) <= theirs
 
 
+@pytest.mark.parametrize(
+    ("history", "delta", "pld"),
+    [
+        ([(2.0, 0.5, 20), (4.0, 1.0, 3)], 1e-3, 4.29812),
+        ([(2.0, 0.5, 20), (6.0, 1.0, 22)], 1e-5, 6.84096),
+        ([(1.0, 0.05, 200), (3.0, 1.0, 1)], 1e-5, 4.98814),
+        ([(1.0, 0.05, 200), (10.0, 1.0, 12), (3.0, 1.0, 2)], 1e-5, 5.44113),
+        ([(8.0, 1.0, 5), (2.6, 0.25, 30), (12.0, 1.0, 17), (1.4, 0.1, 60)], 1e-4, 3.7648),
+        ([(30.0, 1.0, 20), (9.0, 0.5, 20)], 1e-3, 0.71358),
+    ],
+)
+def test_training_beside_full_batches_spends_what_pld_says(history, delta, pld) -> None:
+    # dp-accounting 0.6, connect-the-dots, interval 1e-4. Metrics and sums are steps with q = 1.
+    assert pld <= epsilon(history, delta) <= pld * SLACK
+
+
+@pytest.mark.parametrize("mu", [0.01, 1.0, 3.0])
+def test_a_full_batch_beside_next_to_nothing_is_the_exact_gaussian(mu: float) -> None:
+    exact = exact_gaussian(mu, 1e-5)
+    found = epsilon([(1 / mu, 1.0, 1), (1000.0, 1e-6, 1)], 1e-5)
+    assert exact <= found <= exact * SLACK + 1e-3
+
+
 @pytest.mark.parametrize(("sigma", "steps"), [(0.8, 1), (2.0, 1), (5.0, 15), (65.0, 5), (90.0, 10)])
 @pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-8])
 def test_full_batches_spend_exactly_what_one_gaussian_does(

@@ -15,6 +15,7 @@ from scipy import stats
 from medfl.client.training.loop import train
 from medfl.client.training.plan import DpPlan, TrainPlan
 from medfl.client.training.units import poisson_batches
+from medfl.common import noise
 from medfl.common.models import build_model
 from medfl.common.models.weights import get_weights
 from medfl.common.noise import Keystream, fresh_key, key_from
@@ -194,3 +195,25 @@ def test_sampling_differs_under_one_seed_and_is_independent_of_the_noise() -> No
     torch.manual_seed(0)
     other = next(poisson_batches(names(200), 0.5, fresh_key()))
     assert one.tolist() != other.tolist()
+
+
+def test_who_takes_part_the_count_and_the_noise_each_have_a_stream(
+    make_study, make_cases, monkeypatch
+) -> None:
+    # From one stream, who sees a step's noise would know who was drawn. Three steps: three lots by
+    # name, one stream of noise and one of the count that moves the bound, no two of them alike.
+    made, real = [], noise.Cipher
+
+    def watched(algorithm, mode):
+        made.append((algorithm.key, getattr(mode, "nonce", b"")))
+        return real(algorithm, mode)
+
+    monkeypatch.setattr(noise, "Cipher", watched)
+    study = make_study(features=3, batch_size=2, local_steps=3)
+    cases = make_cases(np.ones((4, 3), np.float32), np.array([0, 1, 0, 1]))
+    model = build_model(study, Shared(private=True), n_features=3, seed=0)
+    dp = DpPlan(3.0, 0.5, 0.5, quantile=0.5, n_declared=4, key=key_from(5))
+    train(model, cases, study, Shared(private=True), TrainPlan(1, 1, seed=3, dp=dp))
+    assert len(made) == len(set(made)) == 5
+    # Each stream counts its own blocks: they start with purposes that differ, not with counts.
+    assert len({key + nonce[:8] for key, nonce in made}) == 5
