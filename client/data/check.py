@@ -14,7 +14,7 @@ from medfl.client import budget, foreseen
 from medfl.client.data import own
 from medfl.client.data.cases import Case, Cohort, Split
 from medfl.client.data.cohort import Examined
-from medfl.client.data.labels import missing_and_odd
+from medfl.client.data.fields import Field, describe_field, field_notes, fields_of
 from medfl.client.data.preprocess import Facts
 from medfl.client.data.reasons import NOT_FAULTY, REASONS
 from medfl.common.errors import DataError, PolicyRefused
@@ -61,15 +61,6 @@ class Pictures:
 
 
 @dataclass(frozen=True, slots=True)
-class Feature:
-    """One field of the records: how many miss it, how many lie outside the study's range."""
-
-    name: str
-    missing: int
-    implausible: int
-
-
-@dataclass(frozen=True, slots=True)
 class CheckResult:
     """The check of one site for one study; counts and words only, no name of case or patient.
 
@@ -87,7 +78,7 @@ class CheckResult:
     patients: Mapping[Split, int]
     classes: Mapping[Split, Mapping[str, int]]
     pictures: Pictures | None
-    features: tuple[Feature, ...]
+    features: tuple[Field, ...]
     faults: tuple[str, ...]
     notes: tuple[str, ...]
     digest: str
@@ -118,6 +109,7 @@ def check_with_cohort(site: Site, study: Study, *, n_jobs: int | None = None) ->
     faults = (*examined.faults, *policy)
     code = DataError.exit_code if examined.faults else PolicyRefused.exit_code if policy else 0
     cohort = examined.cohort
+    features = _features(examined, site, study)
     result = CheckResult(
         site=site.name,
         study=study.name,
@@ -129,9 +121,9 @@ def check_with_cohort(site: Site, study: Study, *, n_jobs: int | None = None) ->
         patients={s: _patients(cohort.cases, s) for s in SPLITS},
         classes={s: _classes(cohort, study, s) for s in SPLITS},
         pictures=_pictures([f for f in examined.facts if f is not None]),
-        features=_features(examined, site, study),
+        features=features,
         faults=faults,
-        notes=examined.notes,
+        notes=(*examined.notes, *field_notes(features)),
         digest="" if faults else cohort.digest,
         exit_code=code,
     )
@@ -199,11 +191,10 @@ def _pictures(facts: Sequence[Facts]) -> Pictures | None:
     )
 
 
-def _features(examined: Examined, site: Site, study: Study) -> tuple[Feature, ...]:
+def _features(examined: Examined, site: Site, study: Study) -> tuple[Field, ...]:
     if study.record is None:
         return ()
-    found = missing_and_odd(examined.listed, site.data, study.record.features)
-    return tuple(Feature(name, missing, odd) for name, (missing, odd) in found.items())
+    return fields_of(examined.listed, site.data, study.record.features)
 
 
 def describe(result: CheckResult) -> list[str]:
@@ -218,10 +209,7 @@ def describe(result: CheckResult) -> list[str]:
         lines += [f"  {item.cases:>6} {item.reason}: {item.text}" for item in result.left_out]
     if result.pictures is not None:
         lines += _describe_pictures(result.pictures)
-    for feature in result.features:
-        if feature.missing or feature.implausible:
-            odd = f", implausible in {feature.implausible}" if feature.implausible else ""
-            lines.append(f"  {feature.name}: missing in {feature.missing}{odd}")
+    lines += [f"  {describe_field(field)}" for field in result.features]
     lines += [f"Note: {note}" for note in result.notes]
     lines += [f"Cannot take part: {fault}" for fault in result.faults]
     if result.digest:

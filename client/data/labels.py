@@ -67,7 +67,8 @@ def class_target(ref: CaseRef, source: DataSource, study: Study) -> int | NDArra
 
 def _multi_hot(ref: CaseRef, source: DataSource, task: Task, numbers: bool) -> NDArray[np.float32]:
     target = np.zeros(len(task.classes), dtype=np.float32)
-    columns = [source.column(c) for c in task.classes]
+    # A reader gives each column under the study's name, too; that one has the site's `values`.
+    columns = [c if c in ref.fields else source.column(c) for c in task.classes]
     if all(c in ref.fields for c in columns):
         for position, column in enumerate(columns):
             text = ref.fields[column].strip()
@@ -96,7 +97,7 @@ def record_of(
     """
     record: dict[str, str | None] = {}
     for feature in features:
-        text = _text_of(ref, source, feature)
+        text = text_of_feature(ref, source, feature)
         if text is None:
             raise CaseError("feature_absent", f"the column {source.column(feature.name)}")
         if text in source.missing:
@@ -121,35 +122,22 @@ def _feature_text(text: str, feature: Feature) -> str | None:
     return level(text)
 
 
-def missing_and_odd(
-    refs: Sequence[CaseRef], source: DataSource, features: Sequence[Feature]
-) -> dict[str, tuple[int, int]]:
-    """By feature: how many of the listed records miss it, how many lie outside its range."""
-    found: dict[str, tuple[int, int]] = {}
-    for feature in features:
-        texts = [_text_of(ref, source, feature) for ref in refs]
-        there = [text for text in texts if text is not None and text not in source.missing]
-        numbers = [n for n in map(number_or_none, there) if n is not None]
-        odd = sum(not plausible(feature, n) for n in numbers) if feature.kind == "number" else 0
-        found[feature.name] = len(texts) - len(there), odd
-    return found
-
-
 def beyond_range(ref: CaseRef, source: DataSource, features: Sequence[Feature]) -> list[str]:
     """`field is value` of each number of a record that the study's range does not hold."""
     return [
         f"{feature.name} is {text}"
         for feature in features
         if feature.kind == "number"
-        and (text := _text_of(ref, source, feature))
+        and (text := text_of_feature(ref, source, feature))
         and text not in source.missing
         and (value := number_or_none(text)) is not None
         and not plausible(feature, value)
     ]
 
 
-def _text_of(ref: CaseRef, source: DataSource, feature: Feature) -> str | None:
-    text = ref.fields.get(source.column(feature.name), ref.fields.get(feature.name))
+def text_of_feature(ref: CaseRef, source: DataSource, feature: Feature) -> str | None:
+    """A field of a record as it is written; None where the table has no such column."""
+    text = ref.fields.get(feature.name, ref.fields.get(source.column(feature.name)))
     return None if text is None else text.strip()
 
 

@@ -54,6 +54,6 @@ def _respelled_codes(refs: Sequence[CaseRef], source: DataSource, study: Study) 
         (text, codes)
         for ref in refs
         for name, codes in known.items()
-        if (text := ref.fields.get(source.column(name), ref.fields.get(name, "")).strip())
+        if (text := ref.fields.get(name, ref.fields.get(source.column(name), "")).strip())
     ]
     return sum(text not in codes and level(text) != text for text, codes in texts)

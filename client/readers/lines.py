@@ -52,7 +52,7 @@ def used(fields: Row, source: DataSource, study: Study) -> tuple[str | None, ...
     names += task.classes if task.multi_label else []
     names += [f.name for f in study.record.features] if study.record is not None else []
     names += ["split"] if study.evaluation.split == "given" else []
-    return tuple(fields.get(source.column(n), fields.get(n)) for n in names)
+    return tuple(fields.get(n, fields.get(source.column(n))) for n in names)
 
 
 def lines_of(rows: Sequence[Row], source: DataSource) -> list[Line]:

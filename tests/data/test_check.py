@@ -187,7 +187,9 @@ def test_records_are_counted_by_field(tmp_path: Path, capsys: pytest.CaptureFixt
     )
     assert main(command(tmp_path, "--json")) == 0
     plain = json.loads(capsys.readouterr().out)
-    assert plain["features"] == [{"name": "age", "missing": 1, "implausible": 1}]
+    [age] = plain["features"]
+    assert (age["records"], age["missing"], age["implausible"]) == (4, 1, 1)
+    assert (age["low"], age["median"], age["high"]) == (40, 50, 400)
     assert [i["reason"] for i in plain["left_out"]] == ["implausible", "incomplete_record"]
 
 
