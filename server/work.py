@@ -15,6 +15,8 @@ from medfl.common.receipts import Seen
 from medfl.common.signing import public_of
 from medfl.server import runs, studies
 from medfl.server.report import federated
+from medfl.strategies.catalogue import strategy_for
+from medfl.strategies.home import published_part
 
 if TYPE_CHECKING:
     from medfl.common.study import Study
@@ -256,6 +258,8 @@ def _finish(federation: Federation, run: Run, study: Study, outcome: Outcome) ->
         "run": run.id,
         "coordinator": public_of(federation.signing_key()),
     }
+    if part := published_part(strategy_for(study).local):
+        about["holds"] = part
     tensors.save(outcome.weights, path, about)
     path.chmod(0o600)
     digest = runs.sha256(path)

@@ -18,12 +18,16 @@ from medfl.common import tensors
 from medfl.common.errors import StorageError
 from medfl.common.messages import Reply
 from medfl.common.metrics import default_metrics, intervals, mean_over_sites, summarise
+from medfl.common.metrics.outcomes import outcomes as outcomes_of
 from medfl.common.metrics.scores import Scores, concatenate, load
 from medfl.common.seeds import derive
-from medfl.common.study import Study
+from medfl.common.study import Study, Task
 from medfl.server.records import bytes_per_round, finite
 from medfl.server.rounds import Outcome, RoundRecord
+from medfl.simulations.elsewhere import elsewhere
 from medfl.simulations.sites import SimulatedRun
+from medfl.strategies.catalogue import strategy_for
+from medfl.strategies.home import published_part
 
 
 class RoundLog:
@@ -104,7 +108,15 @@ def write_results(
     outcome, study = outcomes[main.name], main.study
     summaries = {run.name: summary(run, outcomes, main, seed) for run in runs}
     for run in runs:
+        if strategy_for(run.study).local.keeps == "everything":
+            summaries[run.name]["elsewhere"] = elsewhere(run, outcomes[run.name])
+    for run in runs:
+        local = strategy_for(run.study).local
+        if local.keeps == "everything" and run is not main:
+            continue  # nobody trained what is common to these hospitals: the untrained start
         about = {"study": study.name, "digest": run.study.digest, "run": run.name}
+        if part := published_part(local):
+            about["holds"] = part
         tensors.save(outcomes[run.name].weights, run.folder / "model.safetensors", about)
     tensors.save(outcome.last, main.folder / "model_last.safetensors")
     result = {
@@ -180,12 +192,22 @@ def _site(
         "n_train": reply.counts.get("train"),
         "n_validation": reply.counts.get("validation"),
         "n_test": 0 if scores is None else len(scores),
+        "smallest_class": smallest_class(study.task, scores),
         "metrics": values,
         "intervals": bounds,
         "epsilon": reply.epsilon,
         "delta": reply.target_delta,
         "quarantined": dict(reply.left_out),
     }
+
+
+def smallest_class(task: Task, scores: Scores | None) -> int | None:
+    """Test cases of the rarest class that is there, or of a label's rarer side; None of masks."""
+    if scores is None or task.kind == "segmentation" or not len(scores):
+        return None
+    truth = outcomes_of(task, scores).truth
+    sides = [*truth.sum(axis=0), *(~truth).sum(axis=0)]
+    return min((int(n) for n in sides if n), default=None)
 
 
 def _measured(

@@ -11,6 +11,19 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_PUBLISHED = {
+    "nothing": "",
+    "normalisation": "the shared part alone: normalisation layers are as at the start, and each "
+    "hospital has its own",
+    "everything": "the untrained start alone: each hospital has a model of its own",
+}
+
+
+def published_part(local: Local) -> str:
+    """What a published file holds where layers stay at the hospitals; "" for a whole model."""
+    return _PUBLISHED[local.keeps]
+
+
 def home_names(model: nn.Module, local: Local) -> frozenset[str]:
     """Names of the parameters and buffers that never leave a hospital.
 

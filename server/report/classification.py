@@ -23,6 +23,7 @@ from medfl.server.report.plot import (
     svg,
     whole_numbers,
 )
+from medfl.server.report.words import SMALL
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,6 +83,8 @@ def confusion_figure(task: Task, scores: Scores) -> Markup | None:
         return None
     matrix = confusion(task, scores)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    # Rows with a cell of few patients show shares alone; the others would give it away.
+    few = np.any((matrix > 0) & (matrix < SMALL), axis=1, keepdims=True)[:, 0]
     many = wide(task)
     size = (7.2, 1.2 + 0.42 * len(task.classes)) if many else (3.6, 3.3)
 
@@ -90,7 +93,8 @@ def confusion_figure(task: Task, scores: Scores) -> Markup | None:
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1.15, aspect="auto", interpolation="none")
         for (i, j), n in np.ndenumerate(matrix):
             color = "white" if share[i, j] > 0.55 else INK
-            axes.text(j, i, f"{n:,}\n{100 * share[i, j]:.0f} %", ha="center", va="center",
+            number = "" if few[i] else f"{n:,}\n"
+            axes.text(j, i, f"{number}{100 * share[i, j]:.0f} %", ha="center", va="center",
                       color=color, fontsize=9 if len(task.classes) < 8 else 6.5)  # fmt: skip
         places = range(len(task.classes))
         turn = 90 if len(task.classes) > 8 else 20 if len(task.classes) > 3 else 0
@@ -103,7 +107,9 @@ def confusion_figure(task: Task, scores: Scores) -> Markup | None:
         axes.spines[:].set_visible(False)
 
     rows = "; ".join(
-        f"of {matrix[i].sum()} {name}, {matrix[i, i]} were recognised"
+        f"{100 * share[i, i]:.0f} % of {name} were recognised"
+        if few[i]
+        else f"of {matrix[i].sum()} {name}, {matrix[i, i]} were recognised"
         for i, name in enumerate(task.classes)
     )
     return svg("confusion", size, f"Confusion matrix over all test cases: {rows}.",

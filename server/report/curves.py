@@ -79,7 +79,7 @@ def _legend(axes: Axes, with_local: bool) -> None:
 
 def _whisker(axes: Axes, site: SiteResult, metric: str, y: float, color: str, marker: str) -> None:
     number = site.metrics.get(metric)
-    if number is None or not words.shows_metrics(site):
+    if number is None or not words.shows_metrics(site, metric):
         return
     pair = site.intervals.get(metric)
     if pair is not None:
@@ -90,7 +90,7 @@ def _whisker(axes: Axes, site: SiteResult, metric: str, y: float, color: str, ma
 def ranked(outcome: Outcome, metric: str) -> list[SiteResult]:
     """Hospitals whose metric may be shown, best first; ties by name."""
     sign = -1 if words.measure(metric).larger_is_better else 1
-    known = [(s.metrics.get(metric), s) for s in outcome.sites if words.shows_metrics(s)]
+    known = [(s.metrics.get(metric), s) for s in outcome.sites if words.shows_metrics(s, metric)]
     return [
         s for v, s in sorted(((v, s) for v, s in known if v is not None),
                              key=lambda pair: (sign * pair[0], pair[1].name))

@@ -7,6 +7,8 @@ from typing import Any
 
 from medfl.server.report import words
 from medfl.server.report.run import Run, SiteResult
+from medfl.strategies.catalogue import STRATEGIES
+from medfl.strategies.home import published_part
 
 # An AUROC without an interval is far below chance from here on; noise of a small hospital is not.
 FAR_BELOW = 0.3
@@ -16,7 +18,7 @@ _RANKS = ("auroc", "balanced_accuracy")
 
 def noticed(run: Run) -> list[str]:
     """One sentence each; empty where there is nothing to be noticed."""
-    return [*absent(run), *_unlike(run), *_turned_round(run)]
+    return [*absent(run), *_unlike(run), *_turned_round(run), *_shared_part(run)]
 
 
 def absent(run: Run) -> list[str]:
@@ -59,7 +61,11 @@ def _turned_round(run: Run) -> Iterable[str]:
     """Hospitals whose cases the model ranks backwards, as one does whose labels are exchanged."""
     for site in run.federated.sites:
         metric = next((m for m in _RANKS if site.metrics.get(m) is not None), None)
-        if metric is None or not words.shows_metrics(site) or run.study.task.kind == "segmentation":
+        if (
+            metric is None
+            or not words.shows_metrics(site, metric)
+            or run.study.task.kind == "segmentation"
+        ):
             continue
         number, pair = site.metrics[metric], site.intervals.get(metric)
         far = pair[1] < _CHANCE if pair is not None else (number or 0.0) < FAR_BELOW
@@ -74,6 +80,16 @@ def _turned_round(run: Run) -> Iterable[str]:
                 f"{words.measure(metric).label} there is {words.value(metric, number)}, far below "
                 f"chance{own}. Compare its labels with the study's before anything is concluded"
             )
+
+
+def _shared_part(run: Run) -> Iterable[str]:
+    made = STRATEGIES.get(run.study.federation.strategy)
+    if made is not None and (part := published_part(made().local)):
+        yield (
+            f"The published file holds {part}. The figures are those of each hospital's whole "
+            "model, which it keeps; a new hospital gets the file and has to train what is missing "
+            "on its own cases first, and how it would do then was not measured"
+        )
 
 
 def _plural(n: int, what: str) -> str:

@@ -58,7 +58,9 @@ def context(run: Run, drawn: Mapping[str, list[Figure]] | None = None) -> dict[s
         "comparison": tables.comparison(run),
         "means": tables.mean_table(run),
         "sites": tables.site_tables(run, metric),
-        "hides": not all(words.shows_metrics(s) for s in run.federated.sites),
+        "hides": not all(
+            words.shows_metrics(s, name) for s in run.federated.sites for name in s.metrics
+        ),
         **{g: figures(run, g) if found is None else found for g, found in groups.items()},
         "sides": _orientation(run) is not None,
         "shows_masks": run.study.task.kind == "segmentation",

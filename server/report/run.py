@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ class SiteResult:
 
     metrics: on its test cases; None where it is undefined there (one class only, no cases).
     intervals: 95 % by resampling patients. epsilon, delta: None without differential privacy.
-    quarantined: cases left out, by reason. n_*: None where it did not say.
+    quarantined: cases left out, by reason. n_*: None where it did not say. smallest_class: test
+    cases of its rarest class; None where that is not known.
     """
 
     name: str
@@ -34,16 +35,21 @@ class SiteResult:
     epsilon: float | None
     delta: float | None
     quarantined: Mapping[str, int]
+    smallest_class: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One way of training. mean: over sites; pooled: over all test cases of all sites as one."""
+    """One way of training. mean: over sites; pooled: over all test cases of all sites as one.
+
+    elsewhere: of models that hospitals trained alone, by whose model and whose test cases.
+    """
 
     sites: tuple[SiteResult, ...]
     mean: Mapping[str, float | None]
     pooled: Mapping[str, float | None]
     pooled_intervals: Mapping[str, Interval | None]
+    elsewhere: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +167,10 @@ def _outcome(plain: Mapping[str, Any]) -> Outcome:
         mean=_numbers(plain.get("mean")),
         pooled=_numbers(plain.get("all")),
         pooled_intervals=_intervals(plain.get("all_intervals")),
+        elsewhere={
+            str(whose): {str(where): _numbers(found) for where, found in tested.items()}
+            for whose, tested in (plain.get("elsewhere") or {}).items()
+        },
     )
 
 
@@ -175,6 +185,7 @@ def _site(plain: Mapping[str, Any]) -> SiteResult:
         epsilon=_number(plain.get("epsilon")),
         delta=_number(plain.get("delta")),
         quarantined={str(k): int(v) for k, v in (plain.get("quarantined") or {}).items()},
+        smallest_class=_whole(plain.get("smallest_class")),
     )
 
 

@@ -124,7 +124,27 @@ def site_tables(run: Run, metric: str | None) -> list[Table]:
     if len(metrics) > COLUMNS:
         whole = "Every other metric on each hospital's own test cases."
         tables.append(_site_table(run, metrics[COLUMNS:], {}, None, whole, True))
+    if metric is not None and "local" in run.baselines and run.baselines["local"].elsewhere:
+        tables.append(_elsewhere_table(run, metric))
     return tables
+
+
+def _elsewhere_table(run: Run, metric: str) -> Table:
+    """Who trained alone, on the test cases of all: a model is to serve more than its own house."""
+    where = run.federated.sites
+    found = run.baselines["local"].elsewhere
+
+    def cell(site: SiteResult, number: float | None) -> tuple[str, str]:
+        shown = words.shows_metrics(site, metric)
+        return (words.value(metric, number) if shown else "too few", "")
+
+    rows = [[("Federated model", ""), *(cell(s, s.metrics.get(metric)) for s in where)]]
+    rows += [
+        [(f"Trained at {whose}", ""), *(cell(s, tested.get(s.name, {}).get(metric)) for s in where)]
+        for whose, tested in found.items()
+    ]
+    text = f"{words.measure(metric).label} of each hospital's own model on every hospital's cases."
+    return Table(text, ["Model", *(f"Tested at {s.name}" for s in where)], rows)
 
 
 def _site_table(
@@ -149,7 +169,7 @@ def _site_table(
 
 
 def _cell(site: SiteResult, metric: str) -> tuple[str, str]:
-    if not words.shows_metrics(site):
+    if not words.shows_metrics(site, metric):
         return ("too few", "")
     number = words.value(metric, site.metrics.get(metric))
     return (number, words.interval(metric, site.intervals.get(metric)))

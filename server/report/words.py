@@ -35,6 +35,10 @@ LABELS = {
     "recall": "Recall (sensitivity)",
     "precision": "Precision",
 }
+# Shares of the cases of single classes, or made of them.
+_OF_CLASSES = frozenset(
+    "recall specificity precision f1 balanced_accuracy auroc average_precision".split()
+)
 DISTANCES = ("hd95", "surface_distance")
 # What the headline speaks of, first one present.
 HEADLINE = {
@@ -102,12 +106,16 @@ def total(counts: Iterable[int | None]) -> str:
     return seen if len(visible) == len(numbers) else f"more than {seen}"
 
 
-def shows_metrics(site: SiteResult) -> bool:
+def shows_metrics(site: SiteResult, name: str = "") -> bool:
     """Whether a site's own metrics are shown; 2/3 correct would give a masked count away.
 
-    A private hospital tells no count, and metrics only with noise.
+    A private hospital tells no count, and metrics only with noise. name: of a metric; one that is
+    a share of a class's cases is not shown where these are few (one healthy patient's specificity
+    says what was said of this patient).
     """
-    return site.n_test is None or site.n_test >= SMALL
+    if site.n_test is not None and site.n_test < SMALL:
+        return False
+    return name not in _OF_CLASSES or not 0 < (site.smallest_class or 0) < SMALL
 
 
 def epsilon(number: float | None) -> str:

@@ -208,3 +208,45 @@ def test_every_comparison_has_its_curve(run: Callable[..., Run]) -> None:
     drawn = str(curves.over_rounds(run(OURS, rounds=rounds), None))
     for name in ("fedyogi", "Each hospital alone", "Pooled in one place", "scaffold"):
         assert name in drawn
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [("fedbn", "the shared part alone"), ("local", "the untrained start alone"), ("fedavg", "")],
+)
+def test_where_layers_stay_at_home_the_report_says_what_the_published_file_holds(
+    run: Callable[..., Run], strategy: str, said: str
+) -> None:
+    made = run(OURS)
+    how = replace(made.study.federation, strategy=strategy)
+    made = replace(made, study=replace(made.study, federation=how))
+    lines = [line for line in noticed(made) if "published file" in line]
+    assert [said in line for line in lines] == [True] * bool(said)
+
+
+def test_the_specificity_of_one_healthy_patient_is_not_on_the_page(
+    run: Callable[..., Run],
+) -> None:
+    """Nor is another share of few cases of a class; what counts all cases alike stays."""
+    metrics = {"specificity": 1.0, "auroc": 0.91, "accuracy": 0.87}
+    few = site("a", metrics=metrics, smallest_class=1)
+    enough = site("b", metrics=metrics, smallest_class=5)
+    made = run(way(0.8, sites=(few, enough)))
+    (table,) = tables.site_tables(made, "auroc")
+    assert [text for text, _ in table.rows[0]] == ["a", "too few", "too few", "0.870"]
+    assert [text for text, _ in table.rows[1]] == ["b", "0.910", "1.000", "0.870"]
+    assert [s.name for s in curves.ranked(made.federated, "auroc")] == ["b"]
+
+
+def test_models_trained_alone_stand_in_a_table_of_all_hospitals_cases(
+    run: Callable[..., Run],
+) -> None:
+    tested = {"a": {"a": {"auroc": 0.9}, "b": {"auroc": 0.55}}, "b": {"a": {"auroc": 0.5}}}
+    local = replace(way(0.7), elsewhere=tested)
+    table = tables.site_tables(run(OURS, local=local), "auroc")[-1]
+    assert table.head == ["Model", "Tested at a", "Tested at b"]
+    assert [[text for text, _ in row] for row in table.rows] == [
+        ["Federated model", "0.800", "0.800"],
+        ["Trained at a", "0.900", "0.550"],
+        ["Trained at b", "0.500", "–"],
+    ]

@@ -324,6 +324,50 @@ def test_fedbn_on_images_over_workers(tmp_path: Path, image_study: Study) -> Non
     assert (tmp_path / "out/sites/site-1/examples.npz").exists()
 
 
+def test_each_site_keeps_the_whole_model_that_reached_its_figures(
+    tmp_path: Path, image_study: Study
+) -> None:
+    """The published file says that it is the shared part; a site's own file gives its scores."""
+    from medfl.client.encoding import case_set
+    from medfl.client.evaluate import score
+    from medfl.common.models import build_model
+    from medfl.common.models.weights import set_weights
+
+    _, outcomes, runs = ran(image_study, tmp_path / "data", tmp_path / "out")
+    published = tmp_path / "out/model.safetensors"
+    assert tensors.metadata(published)["holds"].startswith("the shared part alone")
+    file = tmp_path / "out/sites/site-1/model.safetensors"
+    assert file.stat().st_mode & 0o777 == 0o600
+    model = build_model(image_study, outcomes["main"].shared, seed=1)
+    set_weights(model, tensors.load(file))
+    cohort = runs[0].hospital(1).cohort
+    cases = case_set(image_study, outcomes["main"].shared, cohort, "test")
+    again = score(model, cases, image_study, "cpu", distances=False)
+    kept = load(tmp_path / "out/sites/site-1/scores.npz")
+    assert again.columns["probability"] == pytest.approx(kept.columns["probability"], abs=1e-6)
+
+
+def test_models_trained_alone_are_tried_on_the_other_hospitals(
+    write_study: Write, data: Path, tmp_path: Path
+) -> None:
+    """Nothing common was trained, so there is no common file; b's model is tried on a's cases."""
+    result, _, _ = ran(load_study(write_study()), data, tmp_path / "out", ["local"])
+    local = tmp_path / "out/baselines/local"
+    assert not (local / "model.safetensors").exists()
+    tested = result["baselines"]["local"]["elsewhere"]
+    assert {whose: set(where) for whose, where in tested.items()} == {
+        whose: {"a", "b", "c"} for whose in "abc"
+    }
+    for place, name in enumerate("abc"):
+        own = result["baselines"]["local"]["sites"][place]["metrics"]["brier"]
+        assert tested[name][name]["brier"] == pytest.approx(own, abs=1e-6)
+    weights = tensors.load(local / "sites/b/model.safetensors")
+    assert not np.array_equal(
+        weights["1.weight"], tensors.load(local / "sites/a/model.safetensors")["1.weight"]
+    )
+    assert tested["b"]["a"]["brier"] != tested["a"]["a"]["brier"]
+
+
 def test_a_mean_of_models_with_batch_norm_is_refused(tmp_path: Path, image_study: Study) -> None:
     federation = replace(image_study.federation, strategy="fedavg", keep="average")
     study = replace(image_study, federation=federation)
