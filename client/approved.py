@@ -15,6 +15,7 @@ from medfl.client.hospital import Hospital
 from medfl.client.premises import Home
 from medfl.client.reading import Watch
 from medfl.client.secure_site import Identity
+from medfl.common.denials import Denials
 from medfl.common.errors import NotApproved, PolicyRefused
 from medfl.common.messages import Envelope, Instruction
 from medfl.common.private_files import (
@@ -55,6 +56,7 @@ class Approved:
     home: Home
     site_file: Path
     name: str
+    denials: Denials = field(default_factory=Denials)
     _last: Found | None = field(default=None)
 
     def __call__(self, context: InContext) -> Hospital:
@@ -89,7 +91,7 @@ class Approved:
         Raises:
             StorageError: it could not be written down.
         """
-        consent.note_refusal(self.home, asked, why)
+        consent.note_refusal(self.home, self.denials, asked, why)
 
     def seal(self, about: str, asked: Instruction, envelope: Envelope) -> Envelope:
         """The answer with this site's signature. about: JSON part of the instruction as it came.

@@ -178,14 +178,14 @@ def approve(
     book = Book.at(book_file(home, found.digest), found, own.policy.runs_per_approval)
     anew = book.used_up(consent.number(home, found.digest))
     decision = consent.approve(home, found, reading, days, among or (), anew)
-    told = _send(home, decision)
+    told, sent = _send(home, decision)
     plain = {
         "study": found.name,
         "digest": found.digest,
         "cohort": decision.cohort,
         "cases": reading.cases,
         "expires": decision.expires,
-        "sent": not told,
+        "sent": sent,
     }
     lines = [f"{found.name}: {consent.verdict(home, found.digest, own)}.", *told]
     _show(plain, [*lines, "Next: medfl-client start"], as_json)
@@ -207,10 +207,10 @@ def withdraw(
     home = _home(state)
     lines, plain = [], {}
     for found in consent.approved_as(home, study):
-        told = _send(home, consent.withdraw(home, found.digest))
+        told, sent = _send(home, consent.withdraw(home, found.digest))
         name = f"{found.name} ({found.digest[:12]})"
         lines += [f"{name}: withdrawn. Nothing runs for it here.", *told]
-        plain = {"study": found.name, "digest": found.digest, "sent": not told}
+        plain = {"study": found.name, "digest": found.digest, "sent": sent}
     _show(plain, lines, as_json)
 
 
@@ -432,16 +432,17 @@ def _checked(home: Home, site: Site, study: Study) -> Reading:
     return Reading(result.digest, terms.n_cases or 1, word, blind=True)
 
 
-def _send(home: Home, decision: Any) -> list[str]:
-    """Tell the coordinator; what to say to the person where that is not possible now."""
+def _send(home: Home, decision: Any) -> tuple[list[str], bool]:
+    """Tell the coordinator; what to say to the person of that or of the clocks, and whether it is
+    told."""
     from medfl.client import consent, enrolment
 
     try:
         with enrolment.line_to(home) as line:
-            consent.send(home, line, decision)
+            warning = consent.send(home, line, decision)
     except FederationError as error:
-        return [f"It holds here. The coordinator hears of it at the next start: {error}"]
-    return []
+        return [f"It holds here. The coordinator hears of it at the next start: {error}"], False
+    return [warning] if warning else [], True
 
 
 def _running(home: Home) -> bool:

@@ -12,13 +12,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from medfl.client.cohort_word import cohort_word, names
-from medfl.client.coordinator import Line
+from medfl.client.coordinator import Line, skew_warning
 from medfl.client.enrolment import pin_sites
 from medfl.client.premises import Home
 from medfl.client.reading import Reading, site_word
 from medfl.common import study_text
 from medfl.common.approvals import Decision, signed, why_not
 from medfl.common.coordination import AskStudies, Decide, Done, Published, Studies
+from medfl.common.denials import Denials
 from medfl.common.errors import ConfigError, PolicyRefused
 from medfl.common.kept import save_record
 from medfl.common.messages import Instruction
@@ -80,20 +81,26 @@ def number(home: Home, study_digest: str) -> str:
     return "" if decision is None else str(decision.at)
 
 
-def note_refusal(home: Home, asked: Instruction, why: str) -> None:
+def note_refusal(home: Home, denials: Denials, asked: Instruction, why: str) -> None:
     """Write down what was asked and not answered; `medfl-client status` shows it.
+
+    denials: of this process; the same again and again is counted in few lines.
 
     Raises:
         StorageError: it could not be written down.
     """
-    home.record(
-        "refused",
-        study=asked.study_digest[:64],
-        run=asked.run[:80],
-        kind=asked.kind,
-        round=asked.round,
-        why=why[:1000],
-    )
+    known = any(asked.study_digest == p.digest for p in home.published())
+    times = denials.times(asked.study_digest if known else "unknown", asked.kind, why)
+    if times:
+        home.record(
+            "refused",
+            study=asked.study_digest[:64],
+            run=asked.run[:80],
+            kind=asked.kind,
+            round=asked.round,
+            why=why[:1000],
+            times=times,
+        )
 
 
 def note_unlike(home: Home, study_digest: str, fields: Collection[str]) -> None:
@@ -295,9 +302,13 @@ def withdraw(home: Home, study_digest: str) -> Decision:
     return _keep(home, decision)
 
 
-def send(home: Home, line: Line, decision: Decision) -> None:
-    """Tell the coordinator; saying it again does no harm. Raises PolicyRefused."""
-    line.call("Decide", Decide(decision), Done)
+def send(home: Home, line: Line, decision: Decision) -> str:
+    """Tell the coordinator; saying it again does no harm. What is to be said of the clocks, if any.
+
+    Raises:
+        PolicyRefused: the coordinator does not take it.
+    """
+    return skew_warning(home.clock(), line.call("Decide", Decide(decision), Done).now)
 
 
 def send_all(home: Home, line: Line) -> int:

@@ -27,10 +27,17 @@ from medfl.client.ledger import Ledger
 from medfl.client.premises import Home
 from medfl.client.site_file import SiteFile
 from medfl.common.coordination import Bye, Done, Heard, Report
-from medfl.common.errors import FederationError, LogRolledBack, MedflError, PolicyRefused
+from medfl.common.denials import Denials
+from medfl.common.errors import (
+    FederationError,
+    LogRolledBack,
+    MedflError,
+    PolicyRefused,
+    StorageError,
+)
 from medfl.common.kept import save_record
 from medfl.common.notify import tell
-from medfl.common.private_files import only_one
+from medfl.common.private_files import is_full, only_one
 from medfl.common.stopping import set_by_signals
 
 log = logging.getLogger(__name__)
@@ -39,6 +46,7 @@ _REPORT_S = 5.0
 # Sites that enrolled meanwhile: their keys are needed in a secure sum.
 _GREET_S = 60.0
 _RENEW_S = 6 * 3600.0
+_FULL_DISK_S = 5.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0
 FINDER = "medfl.client.approved:hospitals"
 
@@ -71,7 +79,8 @@ def serve(
         PolicyRefused: the coordinator refuses this site for good (revoked, expired), or its
             privacy ledger was put back.
         ConfigError: others may write a file of this site.
-        StorageError: another client runs on this folder, its disk is full or a file damaged.
+        StorageError: another client runs on this folder, or a file is damaged; a full disk is
+            told and waited for.
     """
     stopping = stopping or threading.Event()
     session, wait_s = secrets.token_hex(16), _FIRST_WAIT_S
@@ -80,6 +89,7 @@ def serve(
         tell("READY=1")
         for text in enrolment.ending(home):
             said(text)
+        disk = Disk(home.folder, said, stopping)
         while not stopping.is_set():
             started = time.monotonic()
             try:
@@ -96,6 +106,8 @@ def serve(
                 stopping.wait(wait_s)
                 well = time.monotonic() - started > _LONGEST_WAIT_S
                 wait_s = _FIRST_WAIT_S if well else min(2 * wait_s, _LONGEST_WAIT_S)
+            except StorageError as error:
+                disk.wait_for_room(error)
         home.record("client stopped")
         _note(home, site_file, "stopped")
 
@@ -109,17 +121,19 @@ def _connection(
 ) -> None:
     """From greeting to the end of one connection: a stop, or a renewed certificate."""
     with enrolment.line_to(home) as line:
-        enrolment.greet(home, line, session, __version__)
-        consent.fetch(home, line)
-        consent.send_all(home, line)
-        own = SiteFile(home, site_file)
-        ledger = Ledger(own.read().ledger)
-        witness.exchange(home, line, ledger)
-        said(f"Connected to {line.address}. Waiting for approved studies.")
         try:
+            enrolment.greet(home, line, session, __version__)
+            consent.fetch(home, line)
+            consent.send_all(home, line)
+            own = SiteFile(home, site_file)
+            ledger = Ledger(own.read().ledger)
+            witness.exchange(home, line, ledger)
+            said(f"Connected to {line.address}. Waiting for approved studies.")
             with _working(home, site_file, line, session):
                 _report(line, own, ledger, session, said, stopping)
         finally:
+            # Also where the greeting fails (a skewed clock): else the next start would hear that
+            # another client is running, and not what is wrong.
             try:
                 line.call("Bye", Bye(session), Done)
             except MedflError as error:
@@ -138,7 +152,7 @@ def _working(home: Home, site_file: Path, line: Line, session: str) -> Iterator[
             yield
         return
     site, folder = home.enrolment().site, home.folder / "node"
-    note = partial(consent.note_refusal, home)
+    note = partial(consent.note_refusal, home, Denials())
     with at_work(line.channel, session, folder, site, trainer, note):
         yield
 
@@ -160,10 +174,11 @@ def _report(
     _note(home, own.file, "connected")
     refused = refusals.News(home)
     refused.news()
+    disk = Disk(home.folder, said, stopping)
     while not stopping.wait(_REPORT_S):
-        for text in (*own.news(), *refused.news()):
-            said(text)
         try:
+            for text in (*own.news(), *refused.news()):
+                said(text)
             heard = line.call("Report", Report(session, "connected"), Heard)
             if lost:
                 said("Connected again.")
@@ -189,6 +204,8 @@ def _report(
             # The coordinator has restarted and forgotten this session.
             enrolment.greet(home, line, session, __version__)
             shown = -1  # it may have been put back from a backup: look at its log next time
+        except StorageError as error:
+            disk.wait_for_room(error)
         except LogRolledBack:
             raise  # ends the connection, and with it the work
         except FederationError as error:
@@ -199,7 +216,33 @@ def _report(
             _note(home, own.file, "not connected", str(error))
 
 
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Of the state folder: told and waited for where it is full."""
+
+    folder: Path
+    said: Callable[[str], None]
+    stopping: threading.Event
+    pause_s: float = _FULL_DISK_S
+
+    def wait_for_room(self, error: StorageError) -> None:
+        """Return when there is room again, or at a stop. Raises the error where it is another."""
+        if not is_full(self.folder) and "No space left" not in str(error):
+            raise error
+        self.said(
+            f"The disk of {self.folder} is full: nothing is trained and nothing answered until "
+            "there is room. Free some space; this client goes on by itself."
+        )
+        while not self.stopping.wait(self.pause_s) and is_full(self.folder):
+            pass
+        if not self.stopping.is_set():
+            self.said("There is room on the disk again.")
+
+
 def _note(home: Home, site_file: Path, state: str, detail: str = "") -> None:
     tell(f"STATUS={state}")
     told = Status(home.clock(), state, detail, str(site_file))
-    save_record(home.folder / "status.json", told)
+    try:
+        save_record(home.folder / "status.json", told)
+    except StorageError as error:  # what a person reads may be old; what is signed may not
+        log.warning("%s", error)

@@ -135,10 +135,15 @@ def refuse_writable(path: Path) -> None:
         )
 
 
+def is_full(folder: Path, needed: int = 2**20) -> bool:
+    """Whether fewer than `needed` bytes are free on the folder's disk."""
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize < needed
+
+
 def refuse_full(folder: Path, needed: int = 2**20) -> None:
     """Raises StorageError where fewer than `needed` bytes are free."""
-    state = os.statvfs(folder)
-    if state.f_bavail * state.f_frsize < needed:
+    if is_full(folder, needed):
         raise StorageError(f"{folder}: the disk is full; free some space. Nothing was done")
 
 

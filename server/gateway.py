@@ -36,6 +36,7 @@ from medfl.common.coordination import (
     Studies,
     Welcome,
 )
+from medfl.common.denials import Denials
 from medfl.common.errors import ConfigError, FederationError, MedflError, PolicyRefused
 from medfl.common.kept import save_record
 from medfl.server import authority, heads, studies
@@ -109,6 +110,7 @@ class Coordinator:
     def __init__(self, peers: Peers, settings: ServerSettings, doorman: Doorman) -> None:
         self._peers, self._doorman = peers, doorman
         self._federation = peers.federation
+        self._denials = Denials()
         self._settings = settings
 
     def enrol(self, caller: Guest, asked: Enrol) -> Enrolled:
@@ -122,7 +124,8 @@ class Coordinator:
         try:
             self._peers.sessions.begin(caller.name, asked.session)
         except PolicyRefused:
-            self._federation.record("second session refused", site=caller.name)
+            if times := self._denials.times("second session", caller.name):
+                self._federation.record("second session refused", site=caller.name, times=times)
             raise
         return Welcome(
             now=self._federation.clock(),

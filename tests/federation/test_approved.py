@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,17 @@ from medfl.client.flower import client_app
 from medfl.client.hospital import answer
 from medfl.client.premises import Enrolment, Home
 from medfl.client.reading import Reading, site_word
+from medfl.client.service import Disk
 from medfl.client.site_file import SiteFile
 from medfl.common import config, heads, study_text, tensors
 from medfl.common.approvals import is_by, signed
 from medfl.common.audit import Head
+from medfl.common.coordination import Done
 from medfl.common.errors import ConfigError, PolicyRefused, StorageError
 from medfl.common.flower_records import from_record, to_record
 from medfl.common.kept import save_record
 from medfl.common.messages import Instruction, Reply, pack, unpack_reply
-from medfl.common.private_files import private_folder
+from medfl.common.private_files import is_full, private_folder
 from medfl.common.receipts import asked_by, content_of, detach
 from medfl.common.signing import load_key, new_key, public_of
 from medfl.common.site import load_site
@@ -284,6 +287,49 @@ def test_a_hospital_whose_numbers_are_unlike_the_others_is_told_so_in_round_1(
     asked_over_flower(world, prepare(world, "second"))
     asked_over_flower(world, replace(with_weights(world, "round"), run="second"))
     assert consent.unlike_others(home, world.study.digest) == []
+
+
+def test_a_question_that_is_refused_again_and_again_fills_a_few_lines(world: World) -> None:
+    """The first ten, then the hundredth: 11 lines for 150 questions, whatever the round."""
+    world.approve()
+    for number in range(150):
+        asked = replace(prepare(world), round=number + 1, run=f"r{number}")
+        world.finder.note_refusal(asked, f"The study has 1 rounds, and {number} is none.")
+    lines = [e for e in world.finder.home.audit.lines() if e["what"] == "refused"]
+    assert [e["about"]["times"] for e in lines] == [1] * 10 + [90]
+    world.finder.note_refusal(prepare(world), "another reason")
+    assert sum(r.times for r in refusals.by_reason(world.finder.home.audit.lines())) == 101
+
+
+def test_an_approval_says_that_the_clocks_differ(world: World) -> None:
+    world.approve()
+    home = world.finder.home
+    decision = home.decision(world.study.digest)
+    assert decision is not None
+
+    class Coordinator:
+        """Answers ten minutes later than it is here."""
+
+        def call(self, method: str, message: object, answer: type) -> Done:
+            return Done(home.clock() + 600)
+
+    said = consent.send(home, Coordinator(), decision)  # type: ignore[arg-type]
+    assert "10 minutes behind the coordinator's" in said
+
+
+def test_a_full_disk_is_told_and_waited_for_and_a_damaged_file_is_not(tmp_path: Path) -> None:
+    said, stopping = list[str](), threading.Event()
+    full = StorageError("audit.jsonl: cannot be written (No space left on device)")
+
+    def hear(text: str) -> None:
+        said.append(text)
+
+    Disk(tmp_path, hear, stopping, pause_s=0.01).wait_for_room(full)
+    assert ["is full" in said[0], "There is room" in said[1]] == [True, True]
+    with pytest.raises(StorageError, match="is damaged"):
+        Disk(tmp_path, hear, stopping).wait_for_room(StorageError("x.json: is damaged"))
+    assert is_full(tmp_path, needed=2**62)
+    assert not is_full(tmp_path, needed=0)
 
 
 def test_a_hospital_signs_as_enrolled_and_knows_the_keys_that_are_pinned_and_approved(

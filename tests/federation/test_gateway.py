@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from medfl import __version__
-from medfl.client import coordinator, enrolment, witness
+from medfl.client import coordinator, enrolment, service, witness
 from medfl.client.coordinator import Line, connected
 from medfl.client.ledger import Ledger
 from medfl.client.premises import Home
@@ -453,6 +453,34 @@ def test_one_session_a_site(world: World) -> None:
         enrolment.greet(home, line, "third", __version__)
     whats = [line["what"] for line in world.federation.audit.lines()]
     assert whats.count("second session refused") == 3
+
+
+def test_a_client_with_a_skewed_clock_is_told_so_and_the_next_start_is_not_taken_for_a_second(
+    world: World, tmp_path: Path
+) -> None:
+    """Ten minutes ahead: the next start read that another client was running with the same keys."""
+    home, said, stopping = world.joined("a"), list[str](), threading.Event()
+
+    def hear(text: str) -> None:
+        said.append(text)
+        stopping.set()
+
+    ahead = replace(home, clock=lambda: world.clock() + 600)
+    service.serve(ahead, tmp_path / "site.toml", hear, stopping)
+    assert "this machine's clock is 10 minutes ahead of the coordinator's" in said[-1]
+    with enrolment.line_to(home) as line:
+        enrolment.greet(home, line, "next", __version__)
+
+
+def test_a_second_client_that_knocks_all_night_fills_a_few_lines(world: World) -> None:
+    home = world.joined("a")
+    with enrolment.line_to(home) as line:
+        enrolment.greet(home, line, "first", __version__)
+        for _ in range(25):
+            with pytest.raises(PolicyRefused, match="Another medfl-client"):
+                enrolment.greet(home, line, "second", __version__)
+    lines = [e for e in world.federation.audit.lines() if e["what"] == "second session refused"]
+    assert [e["about"]["times"] for e in lines] == [1] * 10
 
 
 def test_other_sites_keys_are_pinned_and_a_changed_one_is_refused(world: World) -> None:
