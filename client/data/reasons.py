@@ -57,6 +57,12 @@ REASONS: dict[str, str] = {
     "size). Export the mask in the image's own geometry.",
     "mask_frame": "Mask and image have different frames of reference, so that their places cannot "
     "be compared. Export the mask for this very image, or register it first.",
+    "contours": "The contours of a structure (RTSTRUCT) cannot be turned into voxels: they are "
+    "open, cross each other, lie between slices or are on some slices only. Export them as closed "
+    "contours on every slice, or as DICOM SEG.",
+    "mask_alone": "A segmentation (DICOM SEG) or a set of contours (RTSTRUCT) names no image that "
+    "is here, so that it cannot be matched. Copy its images to the folder, or export it again with "
+    "references to them.",
     "segment_unknown": "A structure of the mask has a label and a code that are none of the "
     "study's classes; its number says nothing. Add label or code (such as `SCT:10200004`) to "
     '`label_map`; a line `"*" = "background"` says that all other structures are background.',
@@ -133,7 +139,7 @@ REASONS: dict[str, str] = {
 
 # Left out without anything being wrong, so that they do not count as faulty data.
 NOT_FAULTY = frozenset(
-    {"incomplete_record", "not_in_table", "not_an_image", "other_file", "withdrawn"}
+    {"incomplete_record", "not_in_table", "not_an_image", "other_file", "mask_alone", "withdrawn"}
 )
 
 # The hospital must look before anything is trained, however few there are.

@@ -12,7 +12,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ _BESIDE = (".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".lo
 _NAMES_BESIDE = ("readme", "license", "version", "lockfile", "autorun.inf", "thumbs.db")
 _MASKS = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".gif")
 _ENDINGS = ("", ".dcm", ".dicom", ".dic", ".ima", ".img")
+_DRAWN = ("segmentation", "contours")
 _CHUNK = 64
 # Each is a process with pydicom in it, about 100 MB.
 _SCANNERS = min(16, len(os.sched_getaffinity(0)))
@@ -66,13 +67,16 @@ def find(source: DataSource, study: Study) -> Found:
     items, broken = _scan(source.path)
     faulty = [_quarantined(b, source.path) for b in broken]
     images_found = [i for i in items if i.header["kind"] == "image"]
-    segmentations = [i for i in items if i.header["kind"] == "segmentation"]
+    drawn = [i for i in items if i.header["kind"] in _DRAWN]
     if source.masks is not None and not source.masks.is_relative_to(source.path):
         more, also_faulty = _scan(source.masks)
-        segmentations += [i for i in more if i.header["kind"] == "segmentation"]
+        drawn += [i for i in more if i.header["kind"] in _DRAWN]
         faulty += [_quarantined(b, source.masks) for b in also_faulty]
     dimensions = study.image.dimensions if study.image else 3
     images_found, again, copies = _without_copies(images_found, dimensions)
+    masks = _Masks()
+    if study.task.kind == "segmentation":
+        masks = _masks_of(drawn, images_found)
     reported = [q.case_id for q in faulty]
     if dimensions == 3:
         whole, lacking, told = _whole_series(images_found, broken, source.path)
@@ -84,8 +88,8 @@ def find(source: DataSource, study: Study) -> Found:
         cases, unlisted = _with_table(cases, source, study, reported, copies)
     else:
         unlisted = []
-    cases, unmasked = _with_masks(cases, source, segmentations, images_found)
-    return Found(tuple(cases), (*faulty, *again, *unlisted, *unmasked))
+    cases, unmasked = _with_masks(cases, source, masks.by_series)
+    return Found(tuple(cases), (*faulty, *again, *unlisted, *unmasked, *masks.alone))
 
 
 def _files(root: Path) -> Iterator[tuple[Path, bool]]:
@@ -294,17 +298,32 @@ def _names(ref: CaseRef, places: Sequence[Path]) -> dict[str, list[str]]:
     return {"image": paths(places[:1]), "copies": paths(places[1:]), **names}
 
 
+@dataclass(frozen=True, slots=True)
+class _Masks:
+    """Files with masks by the series that they were drawn on, and those of no series here."""
+
+    by_series: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    alone: Sequence[Quarantined] = ()
+
+
+def _masks_of(drawn: Sequence[Item], images_found: Sequence[Item]) -> _Masks:
+    """SEG and RT Structure Sets by series; a series with a SEG does without contours."""
+    there = {i.header["series"] for i in images_found}
+    found: dict[str, dict[str, list[Path]]] = {kind: defaultdict(list) for kind in _DRAWN}
+    alone: list[Quarantined] = []
+    for item in drawn:
+        named = item.header["referenced"] or _series_of(item, images_found)
+        for series in dict.fromkeys(named):
+            found[item.header["kind"]][series].append(item.path)
+        if not there & set(named):
+            alone.append(Quarantined(item.header["instance"], "mask_alone", item.path.name))
+    return _Masks({**found["contours"], **found["segmentation"]}, alone)
+
+
 def _with_masks(
-    cases: Sequence[CaseRef],
-    source: DataSource,
-    segmentations: Sequence[Item],
-    images_found: Sequence[Item],
+    cases: Sequence[CaseRef], source: DataSource, by_series: Mapping[str, Sequence[Path]]
 ) -> tuple[list[CaseRef], list[Quarantined]]:
-    """Give each case its mask: the table's, else the SEG of its series, else a file of its name."""
-    by_series: dict[str, list[Path]] = defaultdict(list)
-    for item in segmentations:
-        for series in item.header["referenced"] or _series_of(item, images_found):
-            by_series[series].append(item.path)
+    """Give each case its mask: the table's, else that of its series, else a file of its name."""
     kept: list[CaseRef] = []
     aside: list[Quarantined] = []
     for ref in cases:
@@ -331,7 +350,9 @@ def _series_of(segmentation: Item, images_found: Sequence[Item]) -> list[str]:
     return sorted(found) if len(found) == 1 else []
 
 
-def _mask(ref: CaseRef, source: DataSource, by_series: dict[str, list[Path]]) -> tuple[Path, ...]:
+def _mask(
+    ref: CaseRef, source: DataSource, by_series: Mapping[str, Sequence[Path]]
+) -> tuple[Path, ...]:
     root = source.masks or source.path
     if ref.fields.get("mask"):
         return (confined(root, root / ref.fields["mask"]),)

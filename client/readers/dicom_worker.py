@@ -17,7 +17,7 @@ from pydicom import dcmread
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID
 
-from medfl.client.readers import dicom_pixels, dicom_segments
+from medfl.client.readers import dicom_contours, dicom_pixels, dicom_segments
 from medfl.client.readers.dicom_safety import check_depth, check_pixels, check_start
 from medfl.client.readers.sandbox import encode, read_request
 from medfl.common.errors import CaseError
@@ -37,6 +37,8 @@ _PARSE = (
     zlib.error,
 )
 _MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
+# An RT Structure Set.
+_CONTOURS = "1.2.840.10008.5.1.4.1.1.481.3"
 _SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 
 
@@ -113,6 +115,8 @@ def _header(path: Path) -> dict[str, Any]:
         if kind == _MEDIA_DIRECTORY:
             _check_directory(dataset)
             raise CaseError("not_an_image", "DICOMDIR")
+        if kind == _CONTOURS:
+            return dicom_contours.contours_header(dataset)
         if not _is_image(dataset):
             raise CaseError("not_an_image", UID(kind).name)
         if kind in _SEGMENTATIONS:
@@ -142,7 +146,8 @@ def segmentation(request: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.ui
     """{"mask", "files", "dimensions", "names"} -> class numbers on the image's grid."""
     mask = open_checked(Path(request["mask"]))
     datasets = [open_checked(Path(name)) for name in request["files"]]
-    return _decoding(lambda: dicom_segments.mask(mask, datasets, request))
+    read = dicom_contours.mask if _sop_class(mask) == _CONTOURS else dicom_segments.mask
+    return _decoding(lambda: read(mask, datasets, request))
 
 
 def deidentify(request: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.uint8]]:

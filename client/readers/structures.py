@@ -56,7 +56,7 @@ def class_of(label: str, codes: Sequence[str], number: int, names: Names) -> int
         if str(number) in names.mapped:
             return names.mapped[str(number)]
         # An unknown code may well speak of another class; with one structure to tell it cannot.
-        if number < len(names.classes) and (not codes or len(names.classes) == 2):
+        if 0 < number < len(names.classes) and (not codes or len(names.classes) == 2):
             return number
     if ANY in names.mapped:
         return names.mapped[ANY]
