@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from medfl.common.written import written
@@ -38,6 +38,11 @@ class DataSource:
         and accession, for records visit; values: column names of the table. A line belongs to an
         image by its image, UID and accession columns, without those by case, else by patient.
     header: column names of a table that has no first line with names.
+    delimiter: between a line's cells; omitted, the one that gives all lines as many cells.
+    encoding: of the table, such as "cp1252"; omitted, UTF-8 or as the file's first bytes say.
+    decimal: the mark in numbers, "." or ","; omitted, as other numbers of the column show it.
+    values: this hospital's words for what the study speaks of, by the study's name of the column:
+        { label = { ja = "yes", nein = "no" }, sex = { w = "f" } }; before the study's `label_map`.
     masks: folder of the masks, for formats where they lie apart.
     orientation: of NIfTI files whose header does not say where they lie (qform_code and sform_code
         0): where the stored axes run to, such as "RAS". Without it such files are left out.
@@ -49,7 +54,10 @@ class DataSource:
     table: Path | None = None
     columns: dict[str, str] | None = None
     header: list[str] | None = None
-    delimiter: str = ","
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    encoding: str | None = None
+    decimal: Literal[".", ","] | None = None
+    values: dict[str, dict[str, str]] | None = None
     masks: Path | None = None
     orientation: Orientation | None = None
     missing: tuple[str, ...] = ("", "?", "NA", "N/A", "NaN", "nan", "null")
@@ -67,6 +75,9 @@ class DataSource:
             columns=self.columns,
             header=self.header,
             delimiter=self.delimiter,
+            encoding=self.encoding,
+            decimal=self.decimal,
+            values=self.values,
             masks=place(self.masks),
             orientation=self.orientation,
             missing=self.missing,

@@ -21,6 +21,7 @@ from medfl.client.data.fingerprints import (
     load_fingerprints,
     save_fingerprints,
 )
+from medfl.client.data.marks import with_points
 from medfl.client.data.preprocess import Facts, Prepared, prepare
 from medfl.client.data.quality import notes_on, quality_faults
 from medfl.client.data.spelling import spelling_notes
@@ -64,7 +65,8 @@ def find_cases(source: DataSource, study: Study) -> Found:
         raise DataError("The path of the data is not a folder. Name the folder in site.toml.")
     found = READERS[source.format].find(source, study)
     by_name: dict[str, list[CaseRef]] = {}
-    for ref in found.cases:
+    features = study.record.features if study.record is not None else []
+    for ref in with_points(found.cases, source, features):
         by_name.setdefault(ref.case_id, []).append(ref)
     kept: list[CaseRef] = []
     aside: list[Quarantined] = []

@@ -47,7 +47,8 @@ REASONS: dict[str, str] = {
     "column formatted as text.",
     "label_missing": "The label is empty. Fill it in in the table, if it is known.",
     "label_unknown": "The label is none of the study's classes. Correct the table, or ask the "
-    "coordinator to add this spelling to `label_map` of the study.",
+    "coordinator to add this spelling to `label_map` of the study, or write what this hospital's "
+    "word means into `values.label` of site.toml.",
     "mask_missing": "The image has no mask. Add the mask to the folder, if there is one.",
     "several_masks": "Several segmentations belong to one image, and nothing says which one the "
     "study means. Name it in the table's mask column.",
@@ -78,9 +79,11 @@ REASONS: dict[str, str] = {
     "feature_absent": "The table has no column for a field of the study. Name this hospital's "
     "column in `columns` of site.toml.",
     "feature_not_a_number": "A field that must be a number holds other text. Correct the table, "
-    "or add the text to `missing` of site.toml if it means that the value is unknown.",
+    "or add the text to `missing` of site.toml if it means that the value is unknown; where a "
+    "comma or point may be the decimal mark, say which as `decimal`.",
     "feature_level": "A field holds a value that is not among the study's levels. Correct the "
-    "table, or ask the coordinator to add the level.",
+    "table, ask the coordinator to add the level, or write what this hospital's word means into "
+    "`values` of site.toml.",
     "incomplete_record": "A field of the record is missing, and this study uses complete records "
     "only. Nothing is wrong with the record.",
     "implausible": "A number lies beyond the range that the study gives for it: another unit, or a "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -10,14 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from medfl.client.data.cases import CaseRef, Found, Quarantined
+from medfl.client.readers.csv_text import lines_of_csv
 from medfl.client.readers.lines import disagreeing
 from medfl.common.codes import difference, folded, level
 from medfl.common.errors import CaseError, DataError
 from medfl.common.source import DataSource
 from medfl.common.study import Study
-
-# A cell longer than this is not a value; it is a damaged file or an attack on the reader.
-_MAX_CELL = 1_000_000
 
 
 def read_rows(source: DataSource, path: Path) -> list[dict[str, str]]:
@@ -26,21 +23,21 @@ def read_rows(source: DataSource, path: Path) -> list[dict[str, str]]:
     Raises:
         DataError: the table is absent, not text, has ragged rows or lacks a named column.
     """
-    csv.field_size_limit(_MAX_CELL)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = list(csv.reader(file, delimiter=source.delimiter, strict=True))
-    except FileNotFoundError:
-        raise DataError("The table of the cases is absent. Check `table` in site.toml.") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"The table {path.name} is not a CSV file in UTF-8: {error}. Save it as CSV, UTF-8."
-        ) from None
-    lines = [line for line in lines if any(cell.strip() for cell in line)]
+    lines = _without_empty_end(lines_of_csv(source, path))
     header = source.header or ([cell.strip() for cell in lines[0]] if lines else [])
     body = lines if source.header else lines[1:]
     _check_header(source, header, path)
     return [_row(source, header, line, number, path) for number, line in enumerate(body, 1)]
+
+
+def _without_empty_end(lines: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """Without the columns at the right that are empty in every line, as spreadsheets leave them."""
+    width = max((len(line) for line in lines), default=0)
+    if any(len(line) != width for line in lines):
+        return list(lines)
+    while width and not any(line[width - 1].strip() for line in lines):
+        width -= 1
+    return [line[:width] for line in lines]
 
 
 def _check_header(source: DataSource, header: Sequence[str], path: Path) -> None:
@@ -63,7 +60,12 @@ def _row(
             "columns. Check its delimiter and quotes."
         )
     row = {name: cell.strip() for name, cell in zip(header, line, strict=True)}
-    return row | {name: row[column] for name, column in (source.columns or {}).items()}
+    row |= {name: row[column] for name, column in (source.columns or {}).items()}
+    return row | {
+        name: texts.get(row[name], row[name])
+        for name, texts in (source.values or {}).items()
+        if name in row
+    }
 
 
 def confined(root: Path, path: Path) -> Path:

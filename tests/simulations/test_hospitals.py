@@ -51,7 +51,7 @@ def rows_of(site: Site) -> list[dict[str, str]]:
     """The table under the study's names."""
     assert site.data.table is not None
     with site.data.table.open(encoding="utf-8", newline="") as file:
-        lines = list(csv.reader(file, delimiter=site.data.delimiter))
+        lines = list(csv.reader(file, delimiter=site.data.delimiter or ","))
     header = site.data.header or lines.pop(0)
     keys = {name: key for key, name in (site.data.columns or {}).items()}
     return [{keys[n]: v for n, v in zip(header, line, strict=True)} for line in lines]
