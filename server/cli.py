@@ -335,7 +335,12 @@ def stop(
     federation, _ = _opened(folder)
     if run is not None:
         changed = runs.stop(federation, run)
-        text = f"{run} ends after its present round." if changed else f"{run} is over already."
+        text = f"{run} is over already."
+        if changed:
+            text = (
+                f"{run} ends after its present round, with the model and the report of its rounds "
+                f"and what they spent. To go on later: medfl-server resume {run}"
+            )
         _show({"run": run, "changed": changed}, [text], as_json)
         return
     pid = service.running_pid(federation)

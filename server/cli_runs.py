@@ -227,12 +227,33 @@ def get(
     _show({"file": str(out), "sha256": digest}, [f"{out}  SHA-256 {digest}"], as_json)
 
 
+@model_app.command("so-far")
+def so_far(
+    run: Annotated[str, typer.Argument(help="A run that is not done.")],
+    out: Annotated[Path, typer.Option(help="Where to put the file (safetensors).")],
+    folder: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Write the best model so far (by the study's keep), while the run goes on or after it failed.
+
+    No hospital is asked for it. The audit log gets the file's digest.
+
+    Example: medfl-server model so-far lung-20270115-080000-ab12 --out so-far.safetensors
+    """
+    from medfl.server import so_far as early
+    from medfl.server.settings import open_federation
+
+    round_, digest = early.copy(open_federation(folder), run, out)
+    plain = {"file": str(out), "sha256": digest, "round": round_}
+    _show(plain, [f"{out}  the model of round {round_}, SHA-256 {digest}"], as_json)
+
+
 def _look_on(federation: Federation, run_id: str, as_json: bool) -> None:
     """Show a run to its end, and exit with its code."""
     over = _follow(federation, run_id, quiet=as_json)
     lines = [f"{over.id}: {over.state} after {over.round} rounds. {over.why}".rstrip()]
     lines += [f"  without {each}" for each in over.missing]
-    if over.state == "done":
+    if over.state == "done" or over.model:
         lines.append(f"Next: medfl-server report {over.id}")
     _show(_plain(over), lines, as_json)
     raise typer.Exit(over.exit_code)

@@ -57,6 +57,7 @@ def work_off(
         kept.drop()
     except Interrupted as error:
         if runs.is_to_stop(federation, run.id) or not stopping.is_set():
+            _leave_so_far(federation, run)
             _end(federation, run, "stopped", error, stopping)
         else:
             log.warning("run=%s is interrupted; the next start goes on with it", run.id)
@@ -64,6 +65,15 @@ def work_off(
         _end(federation, run, "paused", error, stopping)
     except MedflError as error:
         _end(federation, run, "failed", error, stopping)
+
+
+def _leave_so_far(federation: Federation, run: Run) -> None:
+    from medfl.server import so_far
+
+    try:
+        so_far.leave(federation, run)
+    except MedflError as error:
+        log.error("run=%s: what it has done could not be written: %s", run.id, error)
 
 
 def _end(

@@ -60,12 +60,23 @@ class Signed:
     signature: str = ""
 
 
-def finish(federation: Federation, run: Run, study: Study, outcome: Outcome) -> None:
-    """Leave the report of a run whose model is saved; a report that fails does not cost the run."""
+def finish(
+    federation: Federation,
+    run: Run,
+    study: Study,
+    outcome: Outcome,
+    stopped_after: int | None = None,
+) -> None:
+    """Leave the report of a run whose model is saved; a report that fails does not cost the run.
+
+    stopped_after: the last round of a run that a person has stopped.
+    """
     folder = runs.folder_of(federation, run.id)
     try:
         rounds = runs.progress(federation, run.id)
         plain = facts(run, study, outcome, rounds, _absent(federation, run))
+        if stopped_after is not None:
+            plain["stopped_after"] = stopped_after
         _keep_facts(folder, study, plain, rounds)
         write(federation, run.id)
     except MedflError as error:
@@ -108,7 +119,7 @@ def opened(federation: Federation, run_id: str) -> Signed:
         StorageError: a file or the signature is not what the run wrote.
     """
     run, folder = runs.load(federation, run_id), runs.folder_of(federation, run_id)
-    if run.state != "done":
+    if run.state != "done" and not run.model:
         raise ConfigError(f"{run_id}: has no report; it is {run.state}. {run.why}".rstrip())
     signed = load_record(folder / SIGNED, Signed)
     if signed is None:

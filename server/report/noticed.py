@@ -18,7 +18,23 @@ _RANKS = ("auroc", "balanced_accuracy")
 
 def noticed(run: Run) -> list[str]:
     """One sentence each; empty where there is nothing to be noticed."""
-    return [*absent(run), *_unlike(run), *_turned_round(run), *_shared_part(run)]
+    return [
+        *_stopped(run),
+        *absent(run),
+        *_unlike(run),
+        *_turned_round(run),
+        *_shared_part(run),
+    ]
+
+
+def _stopped(run: Run) -> list[str]:
+    done = run.facts.get("stopped_after")
+    if done is None:
+        return []
+    return [
+        f"the run was stopped after round {done} of {run.facts.get('rounds')}: nobody was asked "
+        "for test cases"
+    ]
 
 
 def absent(run: Run) -> list[str]:
@@ -39,6 +55,8 @@ def absent(run: Run) -> list[str]:
     for (site, why), n in sorted(found.items()):
         lines.append(f"{site} was left out of {_plural(n, 'round')}: {why}")
     tested = words.by_name(run.federated.sites)
+    if run.facts.get("stopped_after") is not None:
+        return lines
     for site in sorted({name for r in rounds for name in r.site_metrics} - tested.keys()):
         lines.append(f"{site} trained and did not answer at the end: its test cases are missing")
     return lines

@@ -107,6 +107,7 @@ def test_a_run_goes_on_after_a_person_stopped_it_or_the_server(world: World) -> 
     stopped = world.until(run_id, lambda run: run.state in runs.OVER)
     assert (stopped.state, stopped.exit_code) == ("stopped", 8)
     assert f"medfl-server resume {run_id}" in stopped.why
+    assert world.work.done("server", "report", run_id).returncode == 0
     assert world.work.done("server", "resume", run_id, "--detach").returncode == 0
     world.until(run_id, lambda run: run.round > stopped.round)
     started = time.monotonic()

@@ -169,7 +169,7 @@ def test_a_changed_file_is_not_handed_out(done: tuple[Federation, Run], name: st
 
 def test_a_run_without_an_end_has_no_report(done: tuple[Federation, Run]) -> None:
     federation, run = done
-    runs.save(federation, replace(run, state="stopped", why="stopped by a person"))
+    runs.save(federation, replace(run, state="stopped", model="", why="stopped by a person"))
     with pytest.raises(ConfigError, match="it is stopped"):
         federated.opened(federation, run.id)
 
