@@ -281,7 +281,8 @@ class Evaluation:
 
     split: hash = by a keyed hash of the patient, so that added data moves nobody; given = the
         table's split column (train, validation, test) or the format's own parts; shuffled =
-        scikit-learn's train_test_split over the case order (to repeat published protocols).
+        scikit-learn's train_test_split over the case order (to repeat published protocols), which
+        private hospitals refuse: one patient moves others from part to part.
     validation, test: shares of the patients. With folds, fold `fold` of `folds` is the test part.
     stratify: shuffled only: keep class shares where every class has more than two cases.
     metrics: what is reported; omitted, the task's own list.
@@ -608,9 +609,15 @@ def unprotected(study: Study) -> list[str]:
 
 def unprotected_anywhere(study: Study) -> list[str]:
     """`unprotected`, and what a hospital computes for itself alone: its updates show that too."""
-    own = study.record is not None and study.record.scale == "site"
-    key = 'record.scale (write "range", with a range for each number)'
-    return [*([key] if own else []), *unprotected(study)]
+    found = []
+    if study.record is not None and study.record.scale == "site":
+        found.append('record.scale (write "range", with a range for each number)')
+    # A patient more shuffles all others anew: some go from the test part into training.
+    if study.evaluation.split == "shuffled" and study.evaluation.folds is None:
+        found.append(
+            'evaluation.split (write "hash", by which no patient moves another, or "given")'
+        )
+    return found + unprotected(study)
 
 
 def _site_privacy_faults(study: Study) -> list[str]:

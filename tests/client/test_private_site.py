@@ -202,6 +202,32 @@ def test_statistics_without_noise_are_refused(make_site) -> None:
         answer(site, asked(site, "prepare"))
 
 
+def test_a_split_by_which_one_patient_moves_others_is_refused(make_site) -> None:
+    shuffled = {"split": "shuffled", "bootstrap": 0}
+    with pytest.raises(ConfigError, match=r'evaluation\.split \(write "hash"'):
+        study_of(evaluation=shuffled)
+    # An open study may; a hospital that is private by its own choice refuses. Folds go by a hash
+    # whatever `split` says, and are served.
+    site = make_site(study=study_of(evaluation=shuffled, privacy=None))
+    with pytest.raises(PolicyRefused, match=r"evaluation\.split"):
+        answer(site, asked(site, "prepare"))
+    study_of(evaluation={**shuffled, "folds": 5})
+
+
+@pytest.mark.parametrize("rule", [{"split": "hash"}, {"folds": 4}, {"split": "given"}])
+def test_one_patient_more_moves_nobody_from_part_to_part(make_site, rule: dict[str, Any]) -> None:
+    study = study_of(evaluation={**rule, "bootstrap": 0})
+    parts = []
+    for name, n in (("a", 40), ("b", 39)):
+        site = make_site(name, study=study, text=table(n))
+        parts.append({p: set(site.patients(p)) for p in ("train", "validation", "test")})
+    for part, patients in parts[1].items():
+        assert patients <= parts[0][part]
+    assert (
+        sum(len(p) for p in parts[0].values()) == 1 + sum(len(p) for p in parts[1].values()) == 40
+    )
+
+
 def test_metrics_of_training_patients_are_refused(make_site) -> None:
     site = make_site()
     with pytest.raises(PolicyRefused, match="training cases"):
