@@ -25,11 +25,12 @@ Rgb = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One picture of the page: the case's keyed hash, its class or "", and a PNG data URI."""
+    """One case of the page: its keyed hash, its class or "", and what each picture of it shows
+    (which channel, "" where there is one) with a PNG data URI."""
 
     key: str
     label: str
-    uri: str
+    pictures: tuple[tuple[str, str], ...]
 
 
 def page(checked: Checked, study: Study) -> str:
@@ -71,29 +72,39 @@ def _shown(cohort: Cohort, study: Study, index: int) -> Shown:
         label = ", ".join(c for c, on in zip(study.task.classes, row, strict=True) if on)
     else:
         label = study.task.classes[int(np.asarray(cohort.targets)[index])]
+    drawn = pictures(image, mask, study.image.orientation if study.image else None)
     return Shown(
-        cohort.cases[index].key[:8],
-        label,
-        _uri(picture(image, mask, study.image.orientation if study.image else None)),
+        cohort.cases[index].key[:8], label, tuple((name, _uri(rgb)) for name, rgb in drawn)
     )
 
 
-def picture(
+def pictures(
     image: NDArray[np.float32], mask: NDArray[np.generic] | None, orientation: str | None
-) -> Rgb:
-    """(C, *spatial) -> (H, W, 3): the middle slice or the one with most mask, and contours.
+) -> list[tuple[str, Rgb]]:
+    """(C, *spatial) -> every channel as (H, W, 3), and its name where there are several.
 
+    The middle slice or the one with most mask, with contours of the mask over each channel, so that
+    a channel of another place is seen. Three channels in 2-D are shown as colours, too.
     orientation: of a volume's axes; its slices are shown as radiologists see them.
     """
+    flat = image.ndim == 3
     if image.ndim == 4:
         middle = image.shape[3] // 2
         if mask is not None and mask.any():
             middle = int((mask > 0).sum(axis=(0, 1)).argmax())  # type: ignore[operator]
         image = np.stack([upright(channel[..., middle], orientation) for channel in image])
         mask = None if mask is None else upright(mask[..., middle], orientation)
+    found = [("colours", _rgb(image, mask))] if flat and len(image) == 3 else []
+    for number, channel in enumerate(image, start=1):
+        name = f"channel {number}" if len(image) > 1 else ""
+        found.append((name, _rgb(np.repeat(channel[np.newaxis], 3, axis=0), mask)))
+    return found
+
+
+def _rgb(image: NDArray[np.float32], mask: NDArray[np.generic] | None) -> Rgb:
+    """(3, H, W) in one range of values -> (H, W, 3), enlarged, with contours."""
     low, high = np.percentile(image, (0.5, 99.5))
-    grey = np.clip((image - low) / max(float(high - low), 1e-6) * 255, 0, 255).astype(np.uint8)
-    colours = grey if len(grey) == 3 else np.repeat(grey[:1], 3, axis=0)
+    colours = np.clip((image - low) / max(float(high - low), 1e-6) * 255, 0, 255).astype(np.uint8)
     factor = max(1, _PIXELS // max(colours.shape[1:]))
     rgb = np.ascontiguousarray(colours.transpose(1, 2, 0)).repeat(factor, 0).repeat(factor, 1)
     if mask is not None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from medfl.client.cli import main
 from medfl.client.data.check import check
-from medfl.client.data.check_page import COLOURS, picture
+from medfl.client.data.check_page import COLOURS, pictures
 from medfl.common.site import load_site
 from medfl.common.study import load_study
 
@@ -215,7 +215,7 @@ def test_contours_surround_the_mask_in_its_colour() -> None:
     image[0, 0, 0] = 1
     mask = np.zeros((300, 300), dtype=np.uint8)
     mask[10:20, 10:20] = 1
-    drawn = (picture(image, mask, None) == COLOURS[0]).all(axis=2)
+    drawn = (pictures(image, mask, None)[0][1] == COLOURS[0]).all(axis=2)
     # The outline of a 10 × 10 square.
     assert drawn.sum() == 36
     assert drawn[10, 10]
