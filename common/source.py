@@ -43,6 +43,8 @@ class DataSource:
     decimal: the mark in numbers, "." or ","; omitted, as other numbers of the column show it.
     values: this hospital's words for what the study speaks of, by the study's name of the column:
         { label = { ja = "yes", nein = "no" }, sex = { w = "f" } }; before the study's `label_map`.
+        For masks: { mask = { "GTV 1" = "tumour", "SCT:10200004" = "liver", "128" = "tumour" } }, a
+        structure's label or code, or a value.
     masks: folder of the masks, for formats where they lie apart.
     orientation: of NIfTI files whose header does not say where they lie (qform_code and sform_code
         0): where the stored axes run to, such as "RAS". Without it such files are left out.

@@ -24,6 +24,7 @@ from medfl.client.data.fingerprints import (
 from medfl.client.data.marks import with_points
 from medfl.client.data.preprocess import Facts, Prepared, prepare
 from medfl.client.data.quality import notes_on, quality_faults
+from medfl.client.data.site_words import with_mask_words
 from medfl.client.data.spelling import spelling_notes
 from medfl.client.data.splits import split_cases
 from medfl.client.readers import READERS, Reader
@@ -137,6 +138,7 @@ def examine(
 
     Raises DataError only where nothing can be listed, StorageError as `build_cohort`.
     """
+    study = with_mask_words(study, source)
     found = find_cases(source, study) if found is None else found
     if withdrawn is not None:
         found = _without(found, withdrawn)

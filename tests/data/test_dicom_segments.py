@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.uid import generate_uid
 
+from medfl.client.data.cohort import examine
 from medfl.client.readers import dicom
 from medfl.client.readers.structures import class_of, names_of
-from medfl.common.errors import CaseError
+from medfl.common.errors import CaseError, DataError
 from medfl.common.source import DataSource
 from medfl.common.study import ImageInput, Study
 
@@ -192,3 +193,21 @@ def test_codes_speak_where_the_map_names_them_and_numbers_where_nothing_else_doe
     for label, codes in (("Segment_1", []), ("Segment_2", ["99", "SCT:99"]), ("2a", [])):
         with pytest.raises(CaseError, match="segment_unknown"):
             class_of(label, codes, 2, names)
+
+
+def test_a_hospitals_own_words_for_structures_come_before_the_studys(
+    tmp_path: Path, dicom_slice: Make, save: Save, study: Studies
+) -> None:
+    slices = slices_of(dicom_slice)
+    saved(save, tmp_path, slices, seg(slices, ("GTV", "Leber"), (LEFT, RIGHT)))
+    studied = rule(study, {"hepar": "liver", "GTV": "liver"})
+    # "Leber" is the study's "hepar"; "GTV" is another thing here than the study thinks.
+    words = {"mask": {"GTV": "tumour", "Leber": "hepar"}}
+    source = DataSource(format="dicom", path=tmp_path, values=words)
+    seen = examine(source, studied, cache=None).cohort
+    assert np.bincount(np.asarray(seen.targets[0]).ravel(), minlength=3)[1:].tolist() == [6, 6]
+    silent = examine(DataSource(format="dicom", path=tmp_path), studied, cache=None).cohort
+    assert [q.reason for q in silent.quarantined] == ["segment_unknown"]
+    wrong = DataSource(format="dicom", path=tmp_path, values={"mask": {"GTV": "kidney"}})
+    with pytest.raises(DataError, match="'GTV' stands for 'kidney'"):
+        examine(wrong, studied, cache=None)
