@@ -89,6 +89,12 @@ def _turned_round(run: Run) -> Iterable[str]:
         far = pair[1] < _CHANCE if pair is not None else (number or 0.0) < FAR_BELOW
         if metric != "auroc" and len(run.study.task.classes) > 2:
             continue  # chance is not one half there
+        if not far and _others_rank_backwards(run, site.name, metric):
+            yield (
+                f"{site.name} may code its classes the other way round: every other hospital's own "
+                f"model ranks its cases far below chance. Compare its labels with the study's "
+                "before anything is concluded"
+            )
         if far:
             local = words.by_name(run.baselines["local"].sites) if "local" in run.baselines else {}
             alone = local[site.name].metrics.get(metric) if site.name in local else None
@@ -98,6 +104,15 @@ def _turned_round(run: Run) -> Iterable[str]:
                 f"{words.measure(metric).label} there is {words.value(metric, number)}, far below "
                 f"chance{own}. Compare its labels with the study's before anything is concluded"
             )
+
+
+def _others_rank_backwards(run: Run, where: str, metric: str) -> bool:
+    """Of two hospitals it cannot be said which one is turned round; of three or more it can."""
+    if "local" not in run.baselines:
+        return False
+    tried = run.baselines["local"].elsewhere
+    found = [tested.get(where, {}).get(metric) for whose, tested in tried.items() if whose != where]
+    return len(found) > 1 and all(v is not None and v < FAR_BELOW for v in found)
 
 
 def _shared_part(run: Run) -> Iterable[str]:

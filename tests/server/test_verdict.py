@@ -172,6 +172,23 @@ def test_a_hospital_whose_labels_are_turned_round_is_named(run: Callable[..., Ru
     assert "AUROC there is 0.060, far below chance; its own model reaches 0.970" in lines[0]
 
 
+def test_a_hospital_that_every_other_model_ranks_backwards_is_named_where_the_common_one_gave_up(
+    run: Callable[..., Run],
+) -> None:
+    tested = {
+        "a": {"a": {"auroc": 0.9}, "b": {"auroc": 0.8}, "c": {"auroc": 0.1}},
+        "b": {"a": {"auroc": 0.8}, "b": {"auroc": 0.9}, "c": {"auroc": 0.2}},
+        "c": {"a": {"auroc": 0.1}, "b": {"auroc": 0.2}, "c": {"auroc": 0.9}},
+    }
+    sites = tuple(site(name, 0.55) for name in "abc")
+    made = run(way(0.55, sites=sites), local=replace(way(0.9), elsewhere=tested))
+    assert [line.split()[0] for line in noticed(made)] == ["c"]
+    two = {whose: {w: v for w, v in t.items() if w != "b"} for whose, t in tested.items()}
+    two.pop("b")
+    made = run(way(0.55, sites=sites[::2]), local=replace(way(0.9), elsewhere=two))
+    assert noticed(made) == []
+
+
 def test_a_hospital_with_test_cases_alone_is_no_hospital_that_trained(
     run: Callable[..., Run],
 ) -> None:

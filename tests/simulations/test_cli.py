@@ -113,7 +113,7 @@ def test_all_faults_of_a_study_are_said_at_once(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--compare", "fedfoo"], "--compare fedfoo: is not known; use pooled or one of fedavg"),
+        (["--compare", "fedfoo"], "--compare fedfoo: is not known; use pooled, no_privacy or one"),
         (["--device", "tpu"], "--device tpu: must be one of auto, cpu, cuda"),
         (["--data", "absent"], "--data absent: is not a folder"),
         (["--workers", "0"], "--workers"),

@@ -202,7 +202,7 @@ def test_a_study_without_test_cases_still_gives_a_model(
 def test_what_was_left_out_is_in_the_result(
     write_study: Write, write_hospital: Write, tmp_path: Path
 ) -> None:
-    rows = "".join(f"p{i},{i},{-i},{'yes' if i % 2 else 'no'},train\n" for i in range(20))
+    rows = "".join(f"p{i},{i / 10},{-i / 10},{'yes' if i % 2 else 'no'},train\n" for i in range(20))
     data = write_hospital("a", text=f"patient,x,y,label,split\n{rows}q,1,1,,train\n")
     result, _, _ = ran(load_study(write_study()), data, tmp_path / "out")
     assert result["sites"][0]["quarantined"] == {"label_missing": 1}
