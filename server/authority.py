@@ -122,6 +122,15 @@ def invite(federation: Federation, site: str, hours: float, *, again: bool = Fal
         return token
 
 
+def cancel_open(federation: Federation) -> None:
+    """Cancel invitations that nobody has used, as far as this state knows."""
+    with federation.change():
+        for known in federation.invitations():
+            if not known.request and not known.cancelled:
+                federation.record("invitation cancelled", site=known.site)
+                _save_invitation(federation, replace(known, cancelled=True))
+
+
 def anchors(federation: Federation) -> list[Invitation]:
     """Invitations whose holders may still knock: others do not get past the handshake."""
     now = federation.clock()

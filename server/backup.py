@@ -14,7 +14,8 @@ from pathlib import Path
 from medfl.common import backup
 from medfl.common.backup import Backup, Item, Manifest, below
 from medfl.common.errors import StorageError
-from medfl.server import heads
+from medfl.common.private_files import write_private
+from medfl.server import authority, heads
 from medfl.server.federation import Federation
 from medfl.server.settings import open_federation
 
@@ -59,4 +60,32 @@ def restore(path: Path, folder: Path) -> tuple[Backup, Federation]:
         raise StorageError(f"{path}: its audit.jsonl: line {checked.bad.n} {checked.bad.why}")
     made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(found.manifest.at))
     heads.note_restore(federation, checked.lines, made)
+    authority.cancel_open(federation)
+    write_private(_unconfirmed(federation), f"{made}\n".encode())
     return found, federation
+
+
+def unconfirmed(federation: Federation) -> list[str]:
+    """What is to be said of a state that was put back, until a person has confirmed it."""
+    try:
+        made = _unconfirmed(federation).read_text().strip()
+    except OSError:
+        return []
+    return [
+        f"This state was put back from a backup of {made}: revocations and used tokens since then "
+        "are not in it. Compare `medfl-server sites` with your notes, revoke again who was, "
+        "then: medfl-server confirm-restore"
+    ]
+
+
+def confirm(federation: Federation) -> bool:
+    """A person has compared sites and revocations; False where nothing was to be confirmed."""
+    if not unconfirmed(federation):
+        return False
+    federation.record("restore confirmed")
+    _unconfirmed(federation).unlink()
+    return True
+
+
+def _unconfirmed(federation: Federation) -> Path:
+    return federation.state / "unconfirmed"

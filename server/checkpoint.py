@@ -99,7 +99,7 @@ class Checkpoints:
         arrays = dict(_arrays(model))
         about = canonical(asdict(_about(checkpoint, self.study, self.run))).decode()
         signature = sign(self.key, _PURPOSE, _covered(about, model.digest, arrays))
-        file = self.folder / f"checkpoint-{checkpoint.record.round:05d}.safetensors"
+        file = self.folder / _name(checkpoint.record.round)
         tensors.save(arrays, file, {"about": about, "signature": signature})
         file.chmod(0o600)
         for old in self._files()[_KEPT:]:
@@ -142,7 +142,14 @@ class Checkpoints:
             raise StorageError(f"{file}: was written by another version of medfl.") from None
         if (about.study, about.run) != (self.study, self.run):
             raise StorageError(f"{file}: belongs to another run.")
+        if file.name != _name(record.round):
+            # An older one under a newer name would turn the run back.
+            raise StorageError(f"{file}: is the checkpoint of round {record.round}.")
         return Checkpoint(prepared, _model(about, digest, arrays), record)
+
+
+def _name(round_: int) -> str:
+    return f"checkpoint-{round_:05d}.safetensors"
 
 
 def _about(checkpoint: Checkpoint, study: str, run: str) -> _About:

@@ -173,15 +173,17 @@ def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
     Example: medfl-server status --folder ~/fed --json
     """
     from medfl.common import certificates
-    from medfl.server import authority, heads, runs, service, studies
+    from medfl.server import authority, backup, heads, runs, service, studies
 
     federation, settings = _opened(folder)
     pid, checked = service.running_pid(federation), heads.check(federation)
     open_runs = [r for r in runs.everything(federation) if r.state not in runs.OVER]
     days = (certificates.ends_at(federation.gateway()[1]) - federation.clock()) / 86400
     names = [p.name for p in studies.published(federation)]
+    put_back = backup.unconfirmed(federation)
     plain = {
         "name": federation.name,
+        "put_back": put_back,
         "running": pid is not None,
         "listen": settings.listen,
         "sites": len([s for s in federation.sites() if s.status == "active"]),
@@ -196,6 +198,7 @@ def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
         f"{plain['name']}: the server {'runs' if pid else 'does not run'} "
         f"({settings.listen}); its certificate lasts {days:.0f} days.",
         *authority.ending(federation),
+        *put_back,
         f"{plain['sites']} sites; studies: {', '.join(names) or 'none'}.",
         *(_stands(federation, r) for r in open_runs),
         f"Audit log: {plain['audit']}.",

@@ -21,6 +21,7 @@ def add_operation_commands(app: typer.Typer) -> None:
     for command in (backup, restore):
         app.command()(command)
     app.command("accept-log")(accept_log)
+    app.command("confirm-restore")(confirm_restore)
 
 
 def backup(
@@ -63,12 +64,25 @@ def restore(
     plain = {"name": federation.name, "files": len(found.manifest.files), "sites": active}
     lines = [
         f"Restored {federation.name}: {len(found.manifest.files)} files, {len(active)} sites.",
-        "Revocations and enrolments since the backup are not in it: compare with your notes.",
+        "Open invitations are cancelled: make new ones.",
+        *backups.unconfirmed(federation),
         "Hospitals refuse the shorter log. Telephone them; there, it is accepted with:",
         "medfl-client accept-log",
         f"Next: medfl-server start --folder {folder}",
     ]
     typer.echo(json.dumps(plain) if as_json else "\n".join(lines))
+
+
+def confirm_restore(folder: Folder = HERE) -> None:
+    """Say that sites and revocations of a restored state are right; until then `status` warns.
+
+    Example: medfl-server confirm-restore --folder ~/fed
+    """
+    from medfl.server import backup as backups
+    from medfl.server.settings import open_federation
+
+    done = backups.confirm(open_federation(folder))
+    typer.echo("Confirmed; the log has it." if done else "Nothing is to be confirmed here.")
 
 
 def accept_log(

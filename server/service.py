@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from medfl.common.errors import MedflError, StorageError
 from medfl.common.private_files import only_one, private_folder, write_private
 from medfl.common.stopping import set_by_signals
-from medfl.server import runs
+from medfl.server import backup, runs
 from medfl.server.bounds import Doorman, raise_descriptors
 from medfl.server.federation import Federation
 from medfl.server.gateway import Gateway, Peers
@@ -59,6 +59,8 @@ def serve(
             gateway.start()
             write_private(federation.state / "server.pid", f"{os.getpid()}\n".encode())
             federation.record("server started", port=gateway.port)
+            for line in backup.unconfirmed(federation):
+                log.warning(line)
             ready(gateway.port)
             _work(federation, engine, stopping, settings.connect_wait_s)
         finally:

@@ -112,3 +112,14 @@ def test_a_run_without_a_round_has_nothing_so_far(
     assert not so_far.leave(federation, run)
     with pytest.raises(ConfigError, match="no finished round yet"):
         so_far.copy(federation, run.id, tmp_path / "x.safetensors")
+
+
+def test_a_checkpoint_under_another_rounds_name_is_set_aside(
+    world: tuple[Federation, Run],
+) -> None:
+    federation, run = world
+    folder = runs.folder_of(federation, run.id)
+    checkpoints = Checkpoints(folder, federation.signing_key(), run.digest, run.id)
+    (folder / "checkpoint-00006.safetensors").rename(folder / "checkpoint-00009.safetensors")
+    assert checkpoints.last() is None
+    assert (folder / "checkpoint-00009.damaged").exists()
