@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -283,6 +284,22 @@ def test_flwr_run_alone_makes_hospitals_and_trains_on_them(flwr: Flwr) -> None:
     result = json.loads((out / "result.json").read_text())
     assert [site["name"] for site in result["sites"]] == ["hopital-nord", "riverside"]
     assert result["all"]["auroc"] > 0.7
+
+
+@pytest.mark.slow
+def test_the_readmes_flwr_run_trains_on_all_made_up_hospitals(flwr: Flwr) -> None:
+    """As it stood there, Flower's default of two nodes left one of the three out."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    line = next(line for line in text.splitlines() if line.startswith("flwr run ."))
+    program, *words = shlex.split(line, comments=True)
+    assert program == "flwr"
+    said = flwr(*words)
+    assert flwr.status()[0] == "finished:completed", said
+    result = json.loads(
+        (flwr.folder / "runs" / "flower-demo_classification" / "result.json").read_text()
+    )
+    names = [site["name"] for site in result["sites"]]
+    assert names == ["hopital-nord", "riverside", "st-marien"]
 
 
 @pytest.mark.slow
