@@ -48,14 +48,16 @@ def find(source: DataSource, study: Study) -> Found:
 def find_decathlon(source: DataSource, study: Study) -> Found:
     """imagesTr and labelsTr, with or without dataset.json; every image is its own patient.
 
-    Files named CASE_0000, CASE_0001 are the channels of one case (nnU-Net's layout).
+    Files named CASE_0000, CASE_0001 are the channels of one case (nnU-Net's layout), unless
+    labelsTr has a file of that whole name: then the digits number the cases.
     """
     root = source.path
     listed = _listed(root)
     groups: dict[str, list[Path]] = {}
     for file in listed if listed is not None else files_below(root / "imagesTr", SUFFIXES):
         name = stem(file, SUFFIXES)
-        match = _CHANNEL.match(name)
+        whole = any((root / "labelsTr" / f"{name}{suffix}").is_file() for suffix in SUFFIXES)
+        match = None if whole else _CHANNEL.match(name)
         groups.setdefault(match["case"] if match else name, []).append(file)
     if not groups:
         raise DataError("The folder has no volumes in imagesTr. Check `path` in site.toml.")

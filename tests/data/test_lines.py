@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -221,3 +222,24 @@ def test_of_two_masks_of_one_picture_none_is_chosen(tmp_path: Path, planes: Stud
     assert [(q.reason, q.detail) for q in found.quarantined] == [
         ("several_masks", "a_mask.png, a_seg.png")
     ]
+
+
+def test_four_digits_number_the_cases_where_the_labels_have_the_whole_name(
+    tmp_path: Path, volumes: Study
+) -> None:
+    def write(name: str) -> None:
+        path = tmp_path / f"{name}.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), path)
+
+    for name in ("p_0001", "p_0002", "q_0000", "q_0001"):
+        write(f"imagesTr/{name}")
+    for name in ("p_0001", "p_0002", "q"):
+        write(f"labelsTr/{name}")
+    found = find_cases(DataSource(format="decathlon", path=tmp_path), volumes)
+    files = {r.case_id: (len(r.files), r.mask_files[0].name) for r in found.cases}
+    assert files == {
+        "p_0001": (1, "p_0001.nii.gz"),
+        "p_0002": (1, "p_0002.nii.gz"),
+        "q": (2, "q.nii.gz"),
+    }
