@@ -40,7 +40,8 @@ def evaluate(
     if keep is None:
         names = [n for n in names if not needs_distances([n])]
     if not len(cases):
-        return dict.fromkeys(names)
+        none = Scores((), (), {})
+        return dict.fromkeys(names) if summary is summarise else summary(study.task, none, names)
     gallery = Gallery(study) if keep is not None and study.image is not None else None
     scores = score(model, cases, study, device, distances=needs_distances(names), gallery=gallery)
     if keep is not None:

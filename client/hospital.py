@@ -400,7 +400,8 @@ def _evaluated_part(
     if entry is not None:
         hospital.ledger.settle(entry)
     few = len(set(hospital.patients(part))) < hospital.smallest_count
-    return {} if summary is withheld or few else metrics
+    # Whether priced metrics are there must not tell how many patients are: their noise covers few.
+    return {} if summary is withheld or (few and hospital.terms is None) else metrics
 
 
 def _received(

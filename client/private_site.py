@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from medfl.client import budget, home
 from medfl.client.data.cases import Cohort
 from medfl.client.ledger import Entry
-from medfl.client.released import Summary, with_noise, withheld
+from medfl.client.released import Summary, of_nobody, with_noise, withheld
 from medfl.client.training.plan import DpPlan
 from medfl.common import tensors
 from medfl.common.messages import PARTS, Instruction, Part
@@ -50,9 +50,12 @@ def told(hospital: Hospital, asked: Instruction, part: Part) -> tuple[Summary, E
     study, terms, patients = hospital.study, hospital.terms, hospital.patients(part)
     if terms is None:
         return (summarise if study.secure_aggregation is None else withheld), None
-    if terms.metrics_epsilon is None or part == "train" or not patients:
+    if terms.metrics_epsilon is None or part == "train":
         return withheld, None
     noise = budget.metrics_noise(study, terms)
+    if not patients:  # nobody to charge
+        key = fresh_key() if not hospital.simulated else key_from(asked.seed, part, asked.round)
+        return lambda task, _, names: of_nobody(task, noise, key, names), None
     charge = budget.charge_for(study, asked.run, part, asked.round, (noise, 1.0, 1), "patient")
     entry = budget.reserve(hospital.ledger, terms, charge, patients)
     return with_noise(noise, _key(hospital, asked, entry)), entry

@@ -33,13 +33,31 @@ def with_noise(noise_multiplier: float, key: bytes) -> Summary:
     """Metrics from noisy sums; None where too little is left, or for what no sum can give."""
 
     def summary(task: Task, scores: Scores, names: Iterable[str]) -> Metrics:
-        values, defined, bound = contributions(task, scores)
-        sums = np.stack([values.sum(axis=0), defined.sum(axis=0)])
-        noise = Keystream(key, "metrics").normals(sums.size).reshape(sums.shape)
-        found = _metrics(task, *(sums + noise_multiplier * bound * noise))
-        return {name: found.get(name) for name in names}
+        return _noised(task, contributions(task, scores), noise_multiplier, key, names)
 
     return summary
+
+
+def of_nobody(task: Task, noise_multiplier: float, key: bytes, names: Iterable[str]) -> Metrics:
+    """As `with_noise` of a part that has no patient, which the answer must not tell."""
+    k = len(task.classes) - (task.kind == "segmentation")
+    bound = (2.0 * k if task.kind == "segmentation" else 2.0) ** 0.5
+    nothing = np.zeros((0, k)), np.zeros((0, k)), bound
+    return _noised(task, nothing, noise_multiplier, key, names)
+
+
+def _noised(
+    task: Task,
+    contributed: tuple[Array, Array, float],
+    noise_multiplier: float,
+    key: bytes,
+    names: Iterable[str],
+) -> Metrics:
+    values, defined, bound = contributed
+    sums = np.stack([values.sum(axis=0), defined.sum(axis=0)])
+    noise = Keystream(key, "metrics").normals(sums.size).reshape(sums.shape)
+    found = _metrics(task, *(sums + noise_multiplier * bound * noise))
+    return {name: found.get(name) for name in names}
 
 
 def contributions(task: Task, scores: Scores) -> tuple[Array, Array, float]:

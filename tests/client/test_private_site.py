@@ -24,7 +24,7 @@ from medfl.common.errors import BudgetSpent, ConfigError, FederationError, Polic
 from medfl.common.messages import Instruction, Reply, pack
 from medfl.common.models import build_model
 from medfl.common.models.weights import get_weights
-from medfl.common.site import Budget, SitePrivacy, load_site
+from medfl.common.site import Budget, Policy, SitePrivacy, load_site
 from medfl.common.source import DataSource
 from medfl.common.statistics import Shared, statistics_to_plain
 from medfl.common.study import Study
@@ -488,3 +488,19 @@ def test_a_hospital_without_a_quantile_keeps_no_bound(make_site: Callable[..., H
     site = make_site()
     answer(site, asked(site))
     assert home.bound(site.state).as_of(1) == {}
+
+
+def test_priced_metrics_are_there_whether_few_patients_are_or_none(make_site) -> None:
+    # 3 patients a part are below the 5 of policy.smallest_count, 8 are not, and the last site has
+    # no test patient at all: what is there, and under which names, is the same.
+    assert Policy().smallest_count == 5
+    study, told = study_of(privacy=PRICED), []
+    nobody = table(20).replace(",test\n", ",train\n")
+    for name, text in (("a", table(12)), ("b", table(32)), ("c", nobody)):
+        site = make_site(name, study=study, text=text)
+        reply = answer(site, asked(site, "finish", 3, parts=("validation", "test")))
+        told.append({part: sorted(found) for part, found in reply.metrics.items()})
+        assert all(m["accuracy"] is None or 0 <= m["accuracy"] <= 1 for m in reply.metrics.values())
+    assert told[0] == told[1] == told[2]
+    assert set(told[0]) == {"validation", "test"}
+    assert "accuracy" in told[0]["test"]
