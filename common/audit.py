@@ -1,5 +1,9 @@
 """The audit log: JSON lines, each holding the SHA-256 of the one before it.
 
+    audit.jsonl               the end of the chain; lines are added here
+    audit-<first line>.jsonl  what came before: a file that has grown to its limit is put aside
+                              whole, and the next goes on with its numbers and its last hash
+
 An edited, removed or added line breaks the chain at that line. What a chain alone cannot show is
 that its end was cut off or its last line rewritten: for that, each side countersigns the other's
 head (`medfl.common.heads`), and `verify` is given those heads.
@@ -28,6 +32,8 @@ log = logging.getLogger(__name__)
 START = "0" * 64
 # A line is a fact with a few numbers; the tail of the file always holds a whole one.
 MAX_LINE = 16 * 1024
+# A file that is larger than this is put aside before the next line.
+MAX_FILE = 16 * 1024 * 1024
 _KEYS = {"n", "at", "what", "about", "before", "hash"}
 
 
@@ -49,9 +55,10 @@ class BadLine:
 
 @dataclass(frozen=True, slots=True)
 class AuditLog:
-    """One log file; any number of processes of this machine may append to it."""
+    """One log; any number of processes of this machine may append to it. max_file: bytes."""
 
     path: Path
+    max_file: int = MAX_FILE
 
     def append(self, what: str, about: Mapping[str, Any], at: float | None = None) -> Head:
         """Add one line and wait until the disk has it.
@@ -62,13 +69,18 @@ class AuditLog:
             StorageError: the disk refused, or the log's last line is damaged.
         """
         try:
-            with self._open() as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                torn = _cut_torn_line(self.path, file)
-                head = _last(self.path, file)
-                if torn:
-                    head = _write(file, head, "recovered", {"bytes": torn}, time.time())
-                return _write(file, head, what, about, time.time() if at is None else at)
+            while True:
+                with self._open() as file:
+                    if not self._is_the_end(file):
+                        continue  # another process has put this file aside meanwhile
+                    torn = _cut_torn_line(self.path, file)
+                    head = _last(self.path, file)
+                    if torn:
+                        head = _write(file, head, "recovered", {"bytes": torn}, time.time())
+                    if os.fstat(file.fileno()).st_size > self.max_file:
+                        self._put_aside(file)
+                        continue
+                    return _write(file, head, what, about, time.time() if at is None else at)
         except OSError as error:
             raise StorageError(
                 f"{self.path}: cannot be written ({error.strerror}). Free some space; nothing is "
@@ -77,38 +89,65 @@ class AuditLog:
 
     def head(self) -> Head:
         """The last line's number and hash. Raises StorageError."""
-        if not self.path.exists():
+        if not files_of(self.path):
             return Head(0, START)
         try:
-            with self._open() as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                torn = _cut_torn_line(self.path, file)
-                head = _last(self.path, file)
-                return _write(file, head, "recovered", {"bytes": torn}) if torn else head
+            while True:
+                with self._open() as file:
+                    if not self._is_the_end(file):
+                        continue
+                    torn = _cut_torn_line(self.path, file)
+                    head = _last(self.path, file)
+                    return _write(file, head, "recovered", {"bytes": torn}) if torn else head
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be read ({error.strerror})") from None
 
     def hash_at(self, n: int) -> str:
         """The hash that line `n` says it has; "" where there is no such line."""
-        if n < 1 or not self.path.exists():
+        if n < 1:
             return ""
-        with self.path.open("rb") as file:
-            raw = next(islice(file, n - 1, n), b"")
+        raw = next(islice(_raw_lines(self.path), n - 1, n), b"")
         plain = _parsed(raw.removesuffix(b"\n"))
         return "" if plain is None else str(plain["hash"])
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The lines as they are, without checking the chain; damaged ones are left out."""
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                for raw in file:
-                    plain = _parsed(raw.removesuffix(b"\n"))
-                    if plain is not None:
-                        yield plain
+        for raw in _raw_lines(self.path):
+            plain = _parsed(raw.removesuffix(b"\n"))
+            if plain is not None:
+                yield plain
+
+    def _is_the_end(self, file: BinaryIO) -> bool:
+        """Take the lock; whether the open file is still the one that lines are added to."""
+        fcntl.flock(file, fcntl.LOCK_EX)
+        mine = os.fstat(file.fileno())
+        try:
+            there = self.path.stat()
+        except FileNotFoundError:
+            return False
+        return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+
+    def _put_aside(self, file: BinaryIO) -> None:
+        """Under the lock. A crash in between leaves whole files, and the next line a new one."""
+        file.seek(0)
+        first = json.loads(file.readline())["n"]
+        os.rename(self.path, self.path.with_name(f"{self.path.stem}-{first:012d}.jsonl"))
 
     def _open(self) -> BinaryIO:
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         return os.fdopen(handle, "r+b")
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a log that are there, from its first line to its last."""
+    aside = sorted(path.parent.glob(f"{path.stem}-{'[0-9]' * 12}.jsonl"))
+    return [*aside, *([path] if path.exists() else [])]
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
+    for each in files_of(path):
+        with each.open("rb") as file:
+            yield from file
 
 
 def verify(path: Path, heads: Mapping[int, str] | None = None) -> BadLine | None:
@@ -118,15 +157,13 @@ def verify(path: Path, heads: Mapping[int, str] | None = None) -> BadLine | None
     """
     wanted = dict(heads or {})
     before, n = START, 0
-    if path.exists():
-        with path.open("rb") as file:
-            for n, raw in enumerate(file, start=1):
-                bad = _fault(raw, n, before)
-                if bad is not None:
-                    return bad
-                before = json.loads(raw)["hash"]
-                if wanted.pop(n, before) != before:
-                    return BadLine(n, "is not the line that the other side countersigned")
+    for n, raw in enumerate(_raw_lines(path), start=1):
+        bad = _fault(raw, n, before)
+        if bad is not None:
+            return bad
+        before = json.loads(raw)["hash"]
+        if wanted.pop(n, before) != before:
+            return BadLine(n, "is not the line that the other side countersigned")
     if wanted:
         return BadLine(n + 1, f"is missing: the other side countersigned {max(wanted)} lines")
     return None
@@ -196,7 +233,11 @@ def _tail(file: BinaryIO) -> bytes:
 def _last(path: Path, file: BinaryIO) -> Head:
     tail = _tail(file)
     if not tail:
-        return Head(0, START)
+        aside = [each for each in files_of(path) if each != path]
+        if not aside:
+            return Head(0, START)
+        with aside[-1].open("rb") as before:
+            tail = _tail(before)
     plain = _parsed(tail[:-1].rpartition(b"\n")[2])
     if plain is None or plain["hash"] != _hash(plain):
         raise StorageError(

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medfl.common import audit, heads
-from medfl.common.audit import START, AuditLog, Head, verify
+from medfl.common.audit import START, AuditLog, BadLine, Head, files_of, verify
 from medfl.common.errors import StorageError
 from medfl.common.signing import new_key, public_of
 
@@ -229,3 +229,28 @@ def test_only_heads_signed_by_the_pinned_key_are_believed(tmp_path: Path) -> Non
     with file.open("a") as out:
         out.write("not json\n")
     assert heads.kept(file, "a", {"them": public_of(key)}.get) == ({3: "aa"}, 3)
+
+
+def test_a_log_that_has_grown_is_put_aside_and_its_chain_goes_on(tmp_path: Path) -> None:
+    """Files of at most 600 bytes and one line more; the chain is one from line 1 to line 20."""
+    log = AuditLog(tmp_path / "audit.jsonl", max_file=600)
+    heads = {log.append("event", {"number": k}).n: log.head().hash for k in range(1, 21)}
+    assert sorted(heads) == list(range(1, 21))
+    aside = files_of(log.path)
+    assert len(aside) > 3
+    assert all(f.stat().st_size < 1000 for f in aside)
+    assert [e["about"]["number"] for e in log.lines()] == list(range(1, 21))
+    assert (log.head(), log.hash_at(3)) == (Head(20, heads[20]), heads[3])
+    assert verify(log.path, heads) is None
+    # The end may be empty (a crash after the renaming): the next line still follows the last.
+    log.path.rename(tmp_path / "kept")
+    (tmp_path / "kept").unlink()
+    assert verify(log.path) is None
+    n = log.head().n
+    assert (log.append("event", {"number": 0}).n, verify(log.path)) == (n + 1, None)
+    # A file that is taken out, or changed, is noticed.
+    text = aside[1].read_bytes()
+    aside[1].write_bytes(text.replace(b"event", b"evenT", 1))
+    assert "was changed" in (verify(log.path) or BadLine(0, "")).why
+    aside[1].unlink()
+    assert "lines were removed" in (verify(log.path) or BadLine(0, "")).why
