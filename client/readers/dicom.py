@@ -12,7 +12,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from medfl.client.data.cases import CaseRef, Found, Picture, Quarantined
 from medfl.client.readers import image as images
 from medfl.client.readers import nifti, sandbox
 from medfl.client.readers.dicom_broken import Broken, series_without_slices
-from medfl.client.readers.dicom_geometry import Place, along_normal
+from medfl.client.readers.dicom_item import Item
+from medfl.client.readers.dicom_masks import DRAWN, Masks, masks_of
 from medfl.client.readers.dicom_values import filled
 from medfl.client.readers.lines import join, lines_of
 from medfl.client.readers.rows import confined, only_mask, read_rows
@@ -38,7 +39,6 @@ _BESIDE = (".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".pdf", ".lo
 _NAMES_BESIDE = ("readme", "license", "version", "lockfile", "autorun.inf", "thumbs.db")
 _MASKS = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".gif")
 _ENDINGS = ("", ".dcm", ".dicom", ".dic", ".ima", ".img")
-_DRAWN = ("segmentation", "contours")
 _CHUNK = 64
 # Each is a process with pydicom in it, about 100 MB.
 _SCANNERS = min(16, len(os.sched_getaffinity(0)))
@@ -46,37 +46,21 @@ _HEADER_S = 60.0
 _FILE_S = 20.0
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One DICOM file with what its header says (see `dicom_pixels.image_header`)."""
-
-    path: Path
-    header: dict[str, Any]
-
-    @property
-    def height(self) -> float:
-        """Position along the slices' normal in mm; 0 where the file does not say."""
-        position, orientation = self.header["position"], self.header["orientation"]
-        if len(position) != 3 or len(orientation) != 6:
-            return 0.0
-        return along_normal(Place(tuple(position), tuple(orientation), (1.0, 1.0)))
-
-
 def find(source: DataSource, study: Study) -> Found:
     """Group the files of a folder tree by patient, study and series, and match table and masks."""
     items, broken = _scan(source.path)
     faulty = [_quarantined(b, source.path) for b in broken]
     images_found = [i for i in items if i.header["kind"] == "image"]
-    drawn = [i for i in items if i.header["kind"] in _DRAWN]
+    drawn = [i for i in items if i.header["kind"] in DRAWN]
     if source.masks is not None and not source.masks.is_relative_to(source.path):
         more, also_faulty = _scan(source.masks)
-        drawn += [i for i in more if i.header["kind"] in _DRAWN]
+        drawn += [i for i in more if i.header["kind"] in DRAWN]
         faulty += [_quarantined(b, source.masks) for b in also_faulty]
     dimensions = study.image.dimensions if study.image else 3
     images_found, again, copies = _without_copies(images_found, dimensions)
-    masks = _Masks()
+    masks = Masks()
     if study.task.kind == "segmentation":
-        masks = _masks_of(drawn, images_found)
+        masks = masks_of(drawn, images_found)
     reported = [q.case_id for q in faulty]
     if dimensions == 3:
         whole, lacking, told = _whole_series(images_found, broken, source.path)
@@ -298,28 +282,6 @@ def _names(ref: CaseRef, places: Sequence[Path]) -> dict[str, list[str]]:
     return {"image": paths(places[:1]), "copies": paths(places[1:]), **names}
 
 
-@dataclass(frozen=True, slots=True)
-class _Masks:
-    """Files with masks by the series that they were drawn on, and those of no series here."""
-
-    by_series: Mapping[str, Sequence[Path]] = field(default_factory=dict)
-    alone: Sequence[Quarantined] = ()
-
-
-def _masks_of(drawn: Sequence[Item], images_found: Sequence[Item]) -> _Masks:
-    """SEG and RT Structure Sets by series; a series with a SEG does without contours."""
-    there = {i.header["series"] for i in images_found}
-    found: dict[str, dict[str, list[Path]]] = {kind: defaultdict(list) for kind in _DRAWN}
-    alone: list[Quarantined] = []
-    for item in drawn:
-        named = item.header["referenced"] or _series_of(item, images_found)
-        for series in dict.fromkeys(named):
-            found[item.header["kind"]][series].append(item.path)
-        if not there & set(named):
-            alone.append(Quarantined(item.header["instance"], "mask_alone", item.path.name))
-    return _Masks({**found["contours"], **found["segmentation"]}, alone)
-
-
 def _with_masks(
     cases: Sequence[CaseRef], source: DataSource, by_series: Mapping[str, Sequence[Path]]
 ) -> tuple[list[CaseRef], list[Quarantined]]:
@@ -332,22 +294,6 @@ def _with_masks(
         except CaseError as error:
             aside.append(Quarantined(ref.case_id, error.reason, error.detail))
     return kept, aside
-
-
-def _series_of(segmentation: Item, images_found: Sequence[Item]) -> list[str]:
-    """The series of a SEG that names none: of the images that it names, else the one series of
-    its study in its frame of reference. Where there are several, nothing says which is meant."""
-    header = segmentation.header
-    if header["images"]:
-        named = set(header["images"])
-        return sorted({i.header["series"] for i in images_found if i.header["instance"] in named})
-    place = (header["study"], header["frame_of_reference"])
-    found = {
-        i.header["series"]
-        for i in images_found
-        if all(place) and (i.header["study"], i.header["frame_of_reference"]) == place
-    }
-    return sorted(found) if len(found) == 1 else []
 
 
 def _mask(

@@ -45,7 +45,7 @@ def whole(datasets: Sequence[Any]) -> tuple[list[Any], Stack]:
     """
     kept = _without_copies(list(datasets))
     places = places_of(kept)
-    frames_of_reference = {str(d.get("FrameOfReferenceUID", "")) for d in kept}
+    frames_of_reference = {str(d.get("FrameOfReferenceUID", "")) for d in kept} - {""}
     if len(frames_of_reference) > 1:
         raise CaseError("mixed_geometry", "slices of several frames of reference")
     _check_one_acquisition(kept, places)

@@ -171,3 +171,19 @@ def test_files_of_other_programs_beside_the_images_count_against_nobody(
     assert sorted(name for name, reason in aside if reason in NOT_FAULTY) == sorted(names)
     # A file without an ending may have been a slice.
     assert [pair for pair in aside if pair[1] not in NOT_FAULTY] == [("lost", "not_dicom")]
+
+
+@pytest.mark.parametrize(
+    ("frames", "seen"),
+    [(("1.9", "1.9", "1.8", "1.8"), "mixed_geometry"), (("1.9", "", "1.9", ""), WHOLE)],
+)
+def test_slices_of_two_frames_of_reference_are_no_volume(
+    tmp_path: Path,
+    dicom_slice: Make,
+    save: Save,
+    volumes: Study,
+    frames: Sequence[str],
+    seen: object,
+) -> None:
+    series(tmp_path, dicom_slice, save, FrameOfReferenceUID=frames)
+    assert outcome(tmp_path, volumes) == seen
