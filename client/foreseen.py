@@ -32,16 +32,25 @@ def by_policy(study: Study, policy: Policy, terms: Terms | None) -> Iterator[str
         yield from _said(lambda: budget.refuse_unprotected(study))
 
 
-def by_size(policy: Policy, smallest: int, patients: Sequence[str]) -> Iterator[str]:
-    """Too few to take part. patients: of each training case. smallest: number spoken of."""
-    if len(patients) < policy.min_cases:
+def by_size(
+    policy: Policy, smallest: int, patients: Sequence[str], terms: Terms | None
+) -> Iterator[str]:
+    """Too few to take part. patients: of each training case. smallest: number spoken of.
+
+    Under privacy (terms) the declared numbers decide: whether the hospital refuses would else tell
+    of the one patient who makes the difference.
+    """
+    n_cases, n_patients = len(patients), len(set(patients))
+    if terms is not None:
+        n_cases, n_patients = terms.n_cases or 0, terms.n_units or 0
+    if n_cases < policy.min_cases:
         yield (
-            f"{len(patients)} training cases, and this site's policy asks for at least "
+            f"{n_cases} training cases, and this site's policy asks for at least "
             f"{policy.min_cases} (policy.min_cases)."
         )
-    if len(set(patients)) < smallest:
+    if n_patients < smallest:
         yield (
-            f"{len(set(patients))} training patients, and this site's policy speaks of no fewer "
+            f"{n_patients} training patients, and this site's policy speaks of no fewer "
             f"than {smallest} (policy.smallest_count)."
         )
 

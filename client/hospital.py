@@ -194,7 +194,8 @@ def _refuse_forbidden(hospital: Hospital, asked: Instruction) -> None:
         raise PolicyRefused(
             "The coordinator asks for metrics of the training cases, which no noise protects."
         )
-    for why in foreseen.by_size(policy, hospital.smallest_count, hospital.patients("train")):
+    patients = hospital.patients("train")
+    for why in foreseen.by_size(policy, hospital.smallest_count, patients, hospital.terms):
         raise PolicyRefused(f"{why} Nothing was sent.")
 
 

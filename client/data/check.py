@@ -139,7 +139,7 @@ def _policy_faults(site: Site, study: Study, cohort: Cohort) -> tuple[str, ...]:
     terms = budget.terms_of(study, site.privacy)
     return (
         *foreseen.by_policy(study, site.policy, terms),
-        *foreseen.by_size(site.policy, site.policy.smallest_count, patients("train")),
+        *foreseen.by_size(site.policy, site.policy.smallest_count, patients("train"), terms),
         *foreseen.by_budget(site, study, terms, patients),
     )
 

@@ -156,6 +156,17 @@ def test_messages_are_the_same_with_one_patient_more(make_site) -> None:
         assert said[0] == said[1]
 
 
+def test_whether_it_takes_part_does_not_hang_on_one_patient_more(make_site) -> None:
+    """It has 20 or 21 patients, declares 25 with 30 cases, and wants as many as it says."""
+    few, more = (make_site(name, text=table(n)) for name, n in (("a", 20), ("b", 21)))
+    for site in (few, more):
+        fits = replace(site, policy=Policy(min_cases=30, smallest_count=25))
+        assert answer(fits, asked(fits, "prepare", 0)).refusal == ""
+        asks = replace(site, policy=Policy(min_cases=31))
+        with pytest.raises(PolicyRefused, match="30 training cases"):
+            answer(asks, asked(asks, "prepare", 0))
+
+
 def test_noise_has_no_seed_unless_the_data_are_made_up(make_site) -> None:
     def trained(name: str, simulated: bool) -> str:
         site = make_site(name, simulated=simulated)
