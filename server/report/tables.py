@@ -96,14 +96,17 @@ def mean_table(run: Run) -> Table:
     """Each metric by each way of training, as the mean over hospitals."""
     trained = ways(run)
     metrics = list(dict.fromkeys(m for o in trained.values() for m in o.mean))
+    whose = {words.over(o, m) for o in trained.values() for m in metrics}
+    alike = len(whose) == 1  # then it is said once, and not in every cell
     rows = [
         [(words.measure(m).label, ""),
-         *((words.value(m, o.mean.get(m)), words.over(o, m)) for o in trained.values())]
+         *((words.value(m, o.mean.get(m)), "" if alike else words.over(o, m))
+           for o in trained.values())]
         for m in metrics
     ]  # fmt: skip
     text = (
-        "Mean over hospitals: every hospital that has the metric counts the same, however many "
-        "cases it tested."
+        f"Mean over {whose.pop() if alike else 'hospitals'}: every hospital that has the metric "
+        "counts the same, however many cases it tested."
     )
     if run.study.task.kind == "segmentation":
         text += f" {EMPTY_MASKS}"

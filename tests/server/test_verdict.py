@@ -215,8 +215,13 @@ def test_a_best_round_is_claimed_only_where_a_metric_chose_it(run: Callable[...,
 
 def test_a_mean_says_over_how_many_hospitals_and_cases_it_is(run: Callable[..., Run]) -> None:
     sites = (site("a"), site("b", None), site("c", 0.6, n_test=45))
-    (row,) = tables.mean_table(run(way(mean=0.7, sites=sites))).rows
+    table = tables.mean_table(run(way(mean=0.7, sites=sites)))
+    assert table.caption.startswith("Mean over 2 of 3 hospitals, 105 test cases: ")
+    assert table.rows[0][1] == ("0.700", "")
+    alone = way(mean=0.6, sites=(site("a"), site("b"), site("c", 0.6, n_test=45)))
+    (row,) = tables.mean_table(run(way(mean=0.7, sites=sites), local=alone)).rows
     assert row[1] == ("0.700", "2 of 3 hospitals, 105 test cases")
+    assert row[2] == ("0.600", "3 of 3 hospitals, 165 test cases")
 
 
 def test_every_comparison_has_its_curve(run: Callable[..., Run]) -> None:
