@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from medfl.common.messages import Instruction, Reply
 from medfl.common.metrics import better, mean_over_sites
 from medfl.common.tensors import Tensors
+from medfl.strategies.direction import Direction
 
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
     """What a person may see of one round. Metrics are those of the model that the round received.
 
-    metrics: mean over the sites. sites: one plain record a site. left_out: site -> why.
+    metrics: mean over the sites. sites: one plain record a site, with length and direction of its
+    update where it was seen (`medfl.strategies.direction`). left_out: site -> why.
     void: too few updates; the model did not change. model: digest of the weights after the round.
     epsilon: of a hospital by the study's [site_privacy], after this round; None without it.
     """
@@ -87,6 +89,7 @@ def round_record(
     seconds: float,
     void: bool = False,
     bytes_up: int = 0,
+    directions: Mapping[str, Direction] | None = None,
 ) -> RoundRecord:
     """The record of one round from the admitted replies (their arrays are not looked at)."""
     losses = [(r.loss, r.n_cases) for r in replies if r.loss is not None]
@@ -98,7 +101,7 @@ def round_record(
         seconds=seconds,
         metrics=mean_over_sites([r.metrics.get("validation", {}) for r in replies]),
         loss=sum(loss * n for loss, n in losses) / cases if cases else None,
-        sites=[_site(reply) for reply in replies],
+        sites=[_site(reply, (directions or {}).get(reply.site)) for reply in replies],
         left_out=left_out,
         void=void,
         bytes_down=n_asked * (size(asked.weights) + size(asked.control)),
@@ -125,7 +128,7 @@ def named(left_out: Mapping[str, str]) -> str:
     return ", ".join(f"{site} ({why})" for site, why in sorted(left_out.items())) or "nobody"
 
 
-def _site(reply: Reply) -> dict[str, Any]:
+def _site(reply: Reply, direction: Direction | None) -> dict[str, Any]:
     return {
         "name": reply.site,
         "metrics": dict(reply.metrics.get("validation", {})),
@@ -133,4 +136,5 @@ def _site(reply: Reply) -> dict[str, Any]:
         "epsilon": reply.epsilon,
         "seconds": reply.seconds,
         "steps": reply.steps,
+        **({} if direction is None else asdict(direction)),
     }

@@ -37,6 +37,7 @@ from medfl.strategies import buffers as averages
 from medfl.strategies.admission import cleaned, fault_of, opened
 from medfl.strategies.buffers import Buffers, buffer_names, refuse_unbounded
 from medfl.strategies.catalogue import WEIGHTINGS, strategy_for
+from medfl.strategies.direction import Directions
 from medfl.strategies.home import home_names
 from medfl.strategies.proportion import OUT_OF_PROPORTION, Proportion, remember, remembered
 from medfl.strategies.site_privacy import spent
@@ -75,8 +76,8 @@ class _Federation:
     """What stays the same over all rounds, but for hospitals that join (`prepared`).
 
     travels: parameters that sites send. buffers: those of them that are only averaged.
-    ahead: by round, the keys of its secure sum that the round before has left; lost with the
-        process, and then made anew.
+    noise_key: as in `run_study`. ahead: by round, the keys of its secure sum that the round before
+        has left; lost with the process, and then made anew.
     """
 
     study: Study
@@ -86,6 +87,7 @@ class _Federation:
     say: Instruction
     travels: frozenset[str]
     buffers: frozenset[str]
+    noise_key: bytes | None = None
     ahead: dict[int, Ahead] = field(default_factory=dict)
 
     @property
@@ -130,7 +132,7 @@ def run_study(
     strategy = strategy_for(study, noise_key)
     model, travels, buffers = _start(study, strategy, prepared.shared, seed)
     model = earlier.checkpoint.model if earlier else model
-    federation = _Federation(study, strategy, sites, prepared, say, travels, buffers)
+    federation = _Federation(study, strategy, sites, prepared, say, travels, buffers, noise_key)
     records = list(earlier.records) if earlier else []
     first = earlier.checkpoint.record.round + 1 if earlier else 1
     for number in range(first, study.federation.rounds + 1):
@@ -257,6 +259,7 @@ def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRec
         seconds=time.monotonic() - started,
         void=not combined.n_sites or len(admitted.replies) < study.federation.min_sites,
         bytes_up=admitted.bytes_up,
+        directions=admitted.directions.found() if isinstance(admitted, _Admitted) else None,
     )
     best, before = model.best.or_this(number - 1, record.sites, model.weights), model.state
     model = replace(model, best=best)
@@ -296,6 +299,7 @@ class _Admitted:
     ) -> None:
         self._federation, self._roster, self._asked = federation, roster, asked
         self._proportion, self._buffers = proportion, Buffers(federation.buffers)
+        self.directions = Directions(federation.noise_key)
         self.replies: list[Reply] = []
         self.left_out: dict[str, str] = {}
         self.bytes_up = 0
@@ -313,6 +317,9 @@ class _Admitted:
     def __iter__(self) -> Iterator[Reply]:
         for reply in self._proportion.admit(self._buffers.taken_off(self._sound())):
             self._buffers.admit(reply.site)
+            # Not where it is to stay open whether a hospital took part at all.
+            if self._federation.study.site_privacy is None:
+                self.directions.note(reply.site, reply.delta)
             self.replies.append(replace(reply, delta={}, control={}))
             yield reply
             del reply  # else it would lie in memory until the next one is there

@@ -169,6 +169,9 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "local": local,
 }
 
+# Those that bound what one hospital can do, whatever it sends.
+ROBUST = tuple(name for name, made in STRATEGIES.items() if made().average is _MIDDLE)
+
 WEIGHTINGS: dict[str, Weighting] = {
     "cases": float,
     "sqrt_cases": math.sqrt,

@@ -58,7 +58,8 @@ class Round:
 
     The loss is that of training in this round. run: "main" or a baseline's name. site_*: by site
     name. left_out: why, by site. void: too few answers, so the model stayed as it was.
-    epsilon: of a hospital by [site_privacy]; None without it.
+    epsilon: of a hospital by [site_privacy]; None without it. site_length, site_cosine: of each
+    admitted update, where the coordinator sees single ones (`medfl.strategies.direction`).
     """
 
     run: str
@@ -71,6 +72,8 @@ class Round:
     left_out: Mapping[str, str]
     void: bool
     epsilon: float | None = None
+    site_length: Mapping[str, float | None] = field(default_factory=dict)
+    site_cosine: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +206,8 @@ def _rounds(path: Path) -> Iterator[Round]:
             site_metrics={s["name"]: _numbers(s.get("metrics")) for s in sites},
             site_loss={s["name"]: _number(s.get("loss")) for s in sites},
             site_epsilon={s["name"]: _number(s.get("epsilon")) for s in sites},
+            site_length={s["name"]: _number(s.get("length")) for s in sites},
+            site_cosine={s["name"]: _number(s.get("cosine")) for s in sites},
             left_out={str(k): str(v) for k, v in (plain.get("left_out") or {}).items()},
             void=bool(plain.get("void", False)),
             epsilon=_number(plain.get("epsilon")),

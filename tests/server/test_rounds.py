@@ -584,3 +584,34 @@ def test_no_instruction_carries_what_a_site_said_alone(
     for _, asked in here.asked:
         assert asked.study_digest == study.digest
         assert not own_means & set(asked.shared.get("means", {}).values())
+
+
+def test_a_hospital_that_pulls_against_the_rest_stands_out_in_the_record(
+    risk_study: MakeStudy, risk_hospital: MakeHospital, tmp_path: Path
+) -> None:
+    """Three hospitals whose outcome rises with x, and a fourth that sends its update turned round.
+
+    Its length is as the others', so that no bound on lengths finds it.
+    """
+
+    def turned(asked: Instruction, reply: Reply) -> Reply:
+        if asked.kind != "round" or reply.site != "d":
+            return reply
+        return replace(reply, delta={n: -d for n, d in reply.delta.items()})
+
+    def hospitals(where: str) -> list[Hospital]:
+        xs = {"a": (-1.0, 1.0, 2.0), "b": (-2.0, 0.5, 1.0), "c": (-0.5, 0.7), "d": (-1.5, 1.5)}
+        return [
+            risk_hospital(study, tmp_path / where, x, tuple(int(v > 0) for v in x), name=name)
+            for name, x in xs.items()
+        ]
+
+    study = risk_study(federation={"rounds": 3})
+    spoilt = run_study(study, Here(hospitals("one"), turned), seed=1, noise_key=b"k" * 32)
+    for record in spoilt.records[:3]:
+        own = {site["name"]: site for site in record.sites}
+        assert own["d"]["cosine"] < -0.5
+        assert min(own[n]["cosine"] for n in "abc") > 0.5
+        assert own["d"]["length"] < 3 * own["a"]["length"]
+    honest = run_study(study, Here(hospitals("two")), seed=1, noise_key=b"k" * 32)
+    assert all(s["cosine"] > 0.5 for r in honest.records[:3] for s in r.sites)
