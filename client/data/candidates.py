@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,11 @@ from medfl.client.data.fingerprints import Fingerprints
 from medfl.client.data.labels import beyond_range, class_target, record_of
 from medfl.client.data.splits import split_name
 from medfl.client.readers.rows import MASK_SUFFIXES
-from medfl.common.errors import CaseError
+from medfl.common.errors import CaseError, MedflError
 from medfl.common.source import DataSource
 from medfl.common.study import Study
+
+log = logging.getLogger(__name__)
 
 Target = int | NDArray[np.float32] | None
 Record = Mapping[str, str | None]
@@ -59,11 +62,30 @@ def choose(
                 pictures.add(picture)
                 candidate = replace(candidate, content=content)
             candidates.append(candidate)
-        except CaseError as error:
+        except Exception as exception:  # noqa: BLE001  one bad file costs its case
+            error = case_error(exception)
             faulty.append(Quarantined(ref.case_id, error.reason, error.detail))
     if study.task.kind == "segmentation":
         return _with_own_masks(candidates, faulty, study)
     return candidates, faulty
+
+
+def case_error(error: Exception) -> CaseError:
+    """Why a case is left out that could not be read: one bad file costs its case.
+
+    What a reader did not foresee is a reason too. Errors that are not about one case (settings,
+    storage) are raised again.
+    """
+    if isinstance(error, CaseError):
+        return error
+    if isinstance(error, MedflError):
+        raise error
+    if isinstance(error, MemoryError):
+        return CaseError("memory")
+    if isinstance(error, OSError):
+        return CaseError("unreadable", error.strerror or "")
+    log.warning("A case could not be read.", exc_info=error)
+    return CaseError("reading_failed", type(error).__name__)
 
 
 def _with_own_masks(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from medfl.client.data import store
-from medfl.client.data.candidates import Candidate, choose, hashed
+from medfl.client.data.candidates import Candidate, case_error, choose, hashed
 from medfl.client.data.cases import Case, CaseRef, Cohort, Found, Quarantined, Split
 from medfl.client.data.fingerprints import (
     Fingerprints,
@@ -29,7 +29,7 @@ from medfl.client.data.spelling import spelling_notes
 from medfl.client.data.splits import split_cases
 from medfl.client.readers import READERS, Reader
 from medfl.client.readers.lines import disagreeing
-from medfl.common.errors import CaseError, DataError, StorageError
+from medfl.common.errors import DataError, StorageError
 from medfl.common.site import Cache
 from medfl.common.source import DataSource
 from medfl.common.study import Study
@@ -210,8 +210,8 @@ def _outcomes(
     def one(candidate: Candidate) -> store.Outcome:
         try:
             return _load(candidate.ref, reader, study)
-        except CaseError as error:
-            return error
+        except Exception as error:  # noqa: BLE001  one bad file costs its case
+            return case_error(error)
 
     if n_jobs <= 1:
         yield from map(one, ordered)

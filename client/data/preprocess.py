@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,9 @@ Mask = NDArray[np.uint8]
 
 # ITU-R BT.601 luma, as PIL and most viewers turn colours to grey.
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+# Of one resampled case, all channels: 2 GiB as float32, four times a whole body in cubes of 1 mm.
+MOST_NUMBERS = 2**29
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +177,22 @@ def _resampled(
         max(1, round(n * have / want))
         for n, have, want in zip(values.shape[1:], image.spacing_mm, rule.spacing_mm, strict=True)
     ]
+    _refuse_endless(values.shape, size)
     return resample.linear(values, size), None if classes is None else resample.nearest(
         classes, size
     )
+
+
+def _refuse_endless(shape: Sequence[int], size: Sequence[int]) -> None:
+    """Before any memory is taken. shape: (C, *spatial) as read; size: what it would become.
+
+    One axis is resampled after the other, so that an array on the way may be larger than both.
+    """
+    most = math.prod(max(pair) for pair in zip(shape[1:], size, strict=True)) * shape[0]
+    if most > MOST_NUMBERS:
+        raise CaseError(
+            "implausible_spacing", " × ".join(map(str, size)) + " at the study's spacing"
+        )
 
 
 def _scaled(values: Floats, inside: Floats, rule: ImageInput) -> Floats:

@@ -18,6 +18,13 @@ REASONS: dict[str, str] = {
     "not_a_plain_file": "This is a link or a device, not a file. Put the file itself there.",
     "too_large": "The file declares more data than any clinical image has. It is probably "
     "damaged; export it again.",
+    "implausible_spacing": "At the study's spacing the image would have more voxels than any "
+    "clinical image: the spacing in its header is probably wrong, or in other units than "
+    "millimetres. Convert it again from DICOM.",
+    "memory": "This computer's memory did not suffice to read the case. Close other programs, or "
+    "prepare the data on a computer with more memory.",
+    "reading_failed": "The file has something that medfl's readers did not expect; the log has "
+    "the details. Export it again from the source, and please report it if that does not help.",
     "bad_affine": "The header does not say where the volume lies in the body. Convert it again "
     "from DICOM.",
     "no_affine": "The NIfTI header does not say where the volume lies (qform_code and sform_code "

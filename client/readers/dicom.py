@@ -26,7 +26,7 @@ from medfl.client.readers.dicom_item import Item
 from medfl.client.readers.dicom_masks import DRAWN, Masks, masks_of
 from medfl.client.readers.dicom_values import filled
 from medfl.client.readers.lines import join, lines_of
-from medfl.client.readers.rows import confined, only_mask, read_rows
+from medfl.client.readers.rows import closed_folder, confined, only_mask, read_rows
 from medfl.client.readers.structures import names_of
 from medfl.common.errors import CaseError
 from medfl.common.source import DataSource
@@ -78,7 +78,7 @@ def find(source: DataSource, study: Study) -> Found:
 
 def _files(root: Path) -> Iterator[tuple[Path, bool]]:
     """(file, plain?) below a folder, sorted; links are never followed."""
-    for folder, folders, names in os.walk(root, followlinks=False):
+    for folder, folders, names in os.walk(root, onerror=closed_folder, followlinks=False):
         links = [f for f in folders if (Path(folder) / f).is_symlink()]
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in links)
         for name in sorted([*names, *links]):

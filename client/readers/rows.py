@@ -96,9 +96,18 @@ def stem(path: Path, suffixes: Sequence[str]) -> str:
     return path.stem
 
 
+def closed_folder(error: OSError) -> None:
+    """For os.walk, which would pass over a folder in silence. Raises DataError."""
+    raise DataError(
+        f"The folder {error.filename} cannot be opened ({error.strerror}), so that nobody knows "
+        "which cases are in it. Let the account that runs medfl-client read it, or move it out of "
+        "`path` of site.toml."
+    )
+
+
 def files_below(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
     """Files with one of the suffixes below a folder, sorted, hidden ones left out."""
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=closed_folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         for name in sorted(names):
             if not name.startswith(".") and name.lower().endswith(tuple(suffixes)):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +17,11 @@ import pytest
 from PIL import Image
 
 from medfl.client.data import own, store
-from medfl.client.data.cases import Cohort, Found
+from medfl.client.data.cases import CaseRef, Cohort, Found
 from medfl.client.data.cohort import _outcomes, build_cohort, find_cases
 from medfl.client.data.reasons import KEPT, REASONS
+from medfl.client.readers import READERS
+from medfl.client.readers.rows import closed_folder
 from medfl.common.errors import DataError
 from medfl.common.site import Cache, Site
 from medfl.common.source import DataSource
@@ -67,6 +71,46 @@ def test_images_with_a_table(images: DataSource, grey_study: Study) -> None:
         assert case.split in ("train", "validation", "test")
         pictures = [grey(i) for i in range(6) if i % 2 == np.asarray(cohort.targets)[index]]
         assert any(np.array_equal(cohort.inputs[index][0], p) for p in pictures)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ZeroDivisionError("p7"), "reading_failed"),
+        (MemoryError(), "memory"),
+        (PermissionError(13, "Permission denied", "p7.png"), "unreadable"),
+    ],
+)
+def test_what_a_reader_did_not_foresee_costs_the_case_and_not_the_hospital(
+    images: DataSource,
+    grey_study: Study,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    reason: str,
+) -> None:
+    load = READERS["image"].load
+
+    def fails(ref: CaseRef, study: Study) -> Any:
+        if ref.case_id == "3.png":
+            raise error
+        return load(ref, study)
+
+    monkeypatch.setitem(READERS, "image", replace(READERS["image"], load=fails))
+    cohort = build_cohort(images, grey_study, cache=None)
+    assert (len(cohort.cases), reasons(cohort)) == (5, Counter({reason: 1}))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may open every folder")
+def test_a_folder_of_somebody_else_is_one_line(images: DataSource, grey_study: Study) -> None:
+    closed = images.path / "closed"
+    closed.mkdir(mode=0)
+    with pytest.raises(DataError, match=r"closed cannot be opened \(Permission denied\)"):
+        build_cohort(images, grey_study, cache=None)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over() -> None:
+    with pytest.raises(DataError, match=r"/data/x cannot be opened \(Permission denied\)"):
+        closed_folder(PermissionError(13, "Permission denied", "/data/x"))
 
 
 def test_bad_cases_are_left_out_for_their_own_reason(images: DataSource, grey_study: Study) -> None:

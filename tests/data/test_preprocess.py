@@ -10,7 +10,7 @@ import pytest
 
 from medfl.client.data import resample
 from medfl.client.data.cases import Picture
-from medfl.client.data.preprocess import centred, prepare
+from medfl.client.data.preprocess import MOST_NUMBERS, centred, prepare
 from medfl.common.errors import CaseError
 from medfl.common.study import ImageInput, Study
 
@@ -97,6 +97,18 @@ def test_spacing_decides_the_size(study: Studies) -> None:
     assert prepare(image, None, rule).image.shape == (1, 8, 4)
     with pytest.raises(CaseError, match="no_spacing"):
         prepare(Picture(image.array), None, rule)
+
+
+def test_a_spacing_that_would_fill_the_memory_is_refused_before_any_is_taken(
+    study: Studies,
+) -> None:
+    """32 voxels of 500 mm would be 16,000 a side at 1 mm: 4.1e12 numbers, 15 TiB."""
+    rule = rules(study, dimensions=3, spacing_mm=[1.0, 1.0, 1.0], size=[8, 8, 8])
+    image = Picture(np.arange(32.0**3).reshape(1, 32, 32, 32), None, (500.0, 500.0, 500.0))
+    with pytest.raises(CaseError, match="implausible_spacing: 16000 × 16000 × 16000"):
+        prepare(image, None, rule)
+    # 512 slices of a whole body: 360 x 360 x 1000 at 1 mm are many, and plausible.
+    assert 512 * 512 * 1000 < MOST_NUMBERS
 
 
 def test_padding_is_as_dark_as_the_image_and_cropping_keeps_the_middle(study: Studies) -> None:
