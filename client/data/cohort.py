@@ -23,7 +23,7 @@ from medfl.client.data.fingerprints import (
 )
 from medfl.client.data.marks import with_points
 from medfl.client.data.preprocess import Facts, Prepared, prepare
-from medfl.client.data.quality import notes_on, quality_faults
+from medfl.client.data.quality import explained, notes_on, quality_faults
 from medfl.client.data.site_words import with_mask_words
 from medfl.client.data.spelling import spelling_notes
 from medfl.client.data.splits import split_cases
@@ -116,7 +116,8 @@ def build_cohort(
         durable=durable,
     )
     if examined.faults:
-        raise DataError("\n".join(examined.faults))
+        why = explained(examined.cohort.quarantined)
+        raise DataError("\n".join([*examined.faults, why] if why else examined.faults))
     for note in examined.notes:
         log.info("%s", note)
     return examined.cohort

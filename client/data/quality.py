@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from medfl.common.study import Study
 
 
 def quality_faults(usable: int, quarantined: Sequence[Quarantined], study: Study) -> list[str]:
-    """What the study's [quality] table refuses, one message each, with counts and remedies."""
+    """What the study's [quality] table refuses, one message each; `explained` has the remedies."""
     counts = Counter(q.reason for q in quarantined)
     faults = [
         f"{counts[r]} cases block the study. {REASONS[r]}" for r in sorted(BLOCKING & {*counts})
@@ -22,22 +22,22 @@ def quality_faults(usable: int, quarantined: Sequence[Quarantined], study: Study
     limit = study.quality.max_quarantined
     if faulty > limit * (usable + faulty):
         faults.append(
-            f"{faulty} of {usable + faulty} cases cannot be used; the study allows {limit:.0%}.\n"
-            f"{explained(counts)}\n{KEPT}"
+            f"{faulty} of {usable + faulty} cases cannot be used; the study allows {limit:.0%}."
         )
     if usable < study.quality.min_cases:
-        reasons = f"\n{explained(counts)}\n{KEPT}" if counts else ""
         faults.append(
             f"{usable} usable cases; the study needs {study.quality.min_cases}. "
-            f"Check `path` and `table` in site.toml.{reasons}"
+            "Check `path` and `table` in site.toml."
         )
     return faults
 
 
-def explained(counts: Mapping[str, int]) -> str:
-    """One line a reason, most frequent first."""
+def explained(quarantined: Sequence[Quarantined]) -> str:
+    """One line a reason, most frequent first; where a list of what is left out is not shown."""
+    counts = Counter(q.reason for q in quarantined)
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return "\n".join(f"  {n} × {reason}: {REASONS[reason]}" for reason, n in ranked)
+    lines = [f"  {n} × {reason}: {REASONS[reason]}" for reason, n in ranked]
+    return "\n".join([*lines, KEPT] if lines else [])
 
 
 def notes_on(cohort: Cohort, study: Study) -> tuple[str, ...]:

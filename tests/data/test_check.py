@@ -17,6 +17,7 @@ from PIL import Image
 from medfl.client.cli import main
 from medfl.client.data.check import check
 from medfl.client.data.check_page import COLOURS, pictures
+from medfl.client.data.reasons import REASONS
 from medfl.common.site import load_site
 from medfl.common.study import load_study
 
@@ -108,6 +109,19 @@ def test_too_much_bad_data_is_exit_code_3_and_has_no_digest(
     plain = json.loads(capsys.readouterr().out)
     assert plain["digest"] == ""
     assert "1 of 7 cases" in plain["faults"][0]
+
+
+def test_each_reason_is_told_once_however_much_it_stops(
+    hospital: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too many left out, and too few left: two faults, and one list of reasons."""
+    study = hospital / "study.toml"
+    study.write_text(STUDY.replace("0.5", "0.1") + "min_cases = 50\n")
+    assert main(command(hospital)) == 3
+    out = capsys.readouterr().out
+    assert out.count("Cannot take part: ") == 2
+    # The one volume whose header nobody can read.
+    assert out.count(REASONS["unreadable"]) == 1
 
 
 def test_the_hospitals_policy_wins(hospital: Path, capsys: pytest.CaptureFixture[str]) -> None:
