@@ -60,7 +60,8 @@ class Trainer:
     @classmethod
     def for_hospitals(cls, where: str, argument: str, log_file: Path) -> Trainer:
         """A trainer whose hospitals `where` ("module:function") finds with `argument`."""
-        return cls([sys.executable, "-m", "medfl.client.trainer", where, argument], log_file)
+        command = [sys.executable, "-P", "-m", "medfl.client.trainer", where, argument]
+        return cls(command, log_file)
 
     @property
     def pid(self) -> int | None:

@@ -147,7 +147,7 @@ class Speaker:
     def _started(self, command: str) -> subprocess.Popen[str]:
         program, *arguments = command.split()
         process = subprocess.Popen(
-            [sys.executable, "-m", _MODULES[program], *arguments],
+            [sys.executable, "-P", "-m", _MODULES[program], *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

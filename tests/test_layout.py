@@ -153,6 +153,18 @@ def test_nobody_unpickles() -> None:
     assert users == []
 
 
+def test_no_child_process_takes_a_library_from_the_folder_it_was_started_in() -> None:
+    """Without -P, `python -m` looks for modules in the current folder first."""
+    started = 0
+    for room in ("client", "common", "server", "deploy"):
+        for file in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.List) and ast.unparse(node).startswith("[sys.executable"):
+                    started += 1
+                    assert ast.unparse(node.elts[1]) == "'-P'", f"{file}:{node.lineno}"
+    assert started >= 5
+
+
 def test_every_foreign_import_is_a_declared_dependency() -> None:
     """A package that happens to be installed here is not there at a hospital."""
     declared = {
