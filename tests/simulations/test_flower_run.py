@@ -45,7 +45,7 @@ RUN_S = 200
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demonstration's study, two rounds of a few steps."""
     text = DEMO.read_text(encoding="utf-8")
-    for written, short in (("rounds = 12", "rounds = 2"), ("local_steps = 18", "local_steps = 3")):
+    for written, short in (("rounds = 26", "rounds = 2"), ("local_steps = 18", "local_steps = 3")):
         assert written in text
         text = text.replace(written, short)
     file = tmp_path_factory.mktemp("study") / "two_rounds.toml"

