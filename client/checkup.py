@@ -183,7 +183,12 @@ def _data(home: Home, site: Site, offered: list[Published], n_jobs: int | None) 
                 else "this hospital cannot take part",
                 "Read what is said here, or the page: medfl-client check --study "
                 f"{published.name} --html data.html",
-                "\n".join(result.faults),
+                "\n".join(
+                    [
+                        *result.faults,
+                        *(f"  {o.cases} × {o.reason}: {o.text}" for o in result.left_out),
+                    ]
+                ),
                 result.exit_code or DataError.exit_code,
             )
         else:

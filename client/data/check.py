@@ -16,6 +16,7 @@ from medfl.client.data.cases import Case, Cohort, Split
 from medfl.client.data.cohort import Examined
 from medfl.client.data.fields import Field, describe_field, field_notes, fields_of
 from medfl.client.data.preprocess import Facts
+from medfl.client.data.quality import explained
 from medfl.client.data.reasons import NOT_FAULTY, REASONS
 from medfl.common.errors import DataError, PolicyRefused
 from medfl.common.site import Site
@@ -106,7 +107,8 @@ def check_with_cohort(site: Site, study: Study, *, n_jobs: int | None = None) ->
     """`check`, with the cohort that was built for it."""
     examined = own.examined(site, study, n_jobs)
     policy = _policy_faults(site, study, examined.cohort)
-    faults = (*examined.faults, *policy)
+    listed = explained(examined.cohort.quarantined)  # is said by the list of what is left out
+    faults = (*(f for f in examined.faults if f != listed), *policy)
     code = DataError.exit_code if examined.faults else PolicyRefused.exit_code if policy else 0
     cohort = examined.cohort
     features = _features(examined, site, study)

@@ -43,8 +43,9 @@ log = logging.getLogger(__name__)
 class Examined:
     """A cohort, and everything that speaks against training on it.
 
-    faults: what stops the hospital from taking part, one message each. notes: what it should
-    know. listed: every case that the reader found. facts: of the usable cases' pictures, in the
+    faults: what stops the hospital from taking part, one message each; the last of them has the
+    reasons of what is left out (`explained`), where anything is. notes: what it should know.
+    listed: every case that the reader found. facts: of the usable cases' pictures, in the
     cohort's order.
     """
 
@@ -116,8 +117,7 @@ def build_cohort(
         durable=durable,
     )
     if examined.faults:
-        why = explained(examined.cohort.quarantined)
-        raise DataError("\n".join([*examined.faults, why] if why else examined.faults))
+        raise DataError("\n".join(examined.faults))
     for note in examined.notes:
         log.info("%s", note)
     return examined.cohort
@@ -160,6 +160,8 @@ def examine(
     cohort, faults = _assembled(usable, stored, (*found.quarantined, *faulty), study, site_key)
     facts = tuple(f for _, f in usable)
     notes = (*notes_on(cohort, study), *spelling_notes(found.cases, source, study))
+    if faults and cohort.quarantined:
+        faults.append(explained(cohort.quarantined))
     return Examined(cohort, found.cases, facts, tuple(faults), notes)
 
 
