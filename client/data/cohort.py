@@ -198,7 +198,7 @@ def _pictures(
     if study.image is None:
         return store.Stored(np.zeros((0,)), None, tuple(store.Entry() for _ in ordered))
     outcomes = _outcomes(ordered, READERS[source.format], study, n_jobs)
-    if cache is None:
+    if cache is None or not ordered:
         return store.in_memory(outcomes)
     key = store.entry_key([c.content for c in ordered], study)
     found = store.read_entry(cache, key)

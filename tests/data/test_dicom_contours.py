@@ -231,4 +231,4 @@ def test_contours_that_belong_to_no_image_are_named(
     ds.save_as(file)
     examined = examine(DataSource(format="dicom", path=tmp_path), rule(study), cache=None)
     assert sorted(q.reason for q in examined.cohort.quarantined) == ["mask_alone", "mask_missing"]
-    assert "RTSTRUCT" in examined.faults[0]
+    assert "RTSTRUCT" in examined.faults[-1]
