@@ -94,6 +94,11 @@ def _computed(study: Study, site: Site | None) -> Iterator[str]:
         f"  {federation.rounds} rounds; in each, {amount} on this hospital's machine "
         f"({federation.strategy}). At least {federation.min_sites} hospitals must take part."
     )
+    if federation.patience is not None:
+        yield (
+            f"  Training may end earlier: after {federation.patience} models in a row with no "
+            f"better {federation.best_metric} on validation cases."
+        )
     yield "  By the installed medfl alone: code that a coordinator sends is never run."
     if site is not None:
         runs = site.policy.runs_per_approval

@@ -185,6 +185,9 @@ class Federation:
         over the hospitals that both rounds have it of; the earlier of equals; with sites_per_round
         only rounds that the same hospitals judged are compared), or the average of the models of
         the second half of the rounds, which has less of privacy's noise.
+    patience: training ends early once so many models in a row are no better by `best_metric` than
+        the best, compared as `keep` compares them; omitted, all rounds are trained. What noised
+        metrics of all rounds may cost (privacy.metrics_epsilon) covers it: it reads nothing else.
     updates: numbers in which updates travel (`medfl.common.packing`), all packed without loss:
         float32 as they are, float16 in half the bytes, int8 in a quarter and int4 in an eighth,
         where each hospital keeps what rounding took away and adds it to its next update. Under
@@ -202,6 +205,7 @@ class Federation:
     sites_per_round: Count | None = None
     keep: Literal["last", "best", "average"] = "last"
     best_metric: str | None = None
+    patience: Count | None = None
     updates: Literal["float32", "float16", "int8", "int4"] = "float32"
     norm_limit: Annotated[float, Field(gt=1)] = 100.0
 
@@ -384,6 +388,8 @@ class Study:
         plain = asdict(self)
         # The start weights are named by their content; where they lie is each machine's own affair.
         plain["model"].pop("start_weights")
+        if self.federation.patience is None:  # was added later: studies without it stay the same
+            plain["federation"].pop("patience")
         text = json.dumps(_one_spelling(plain), sort_keys=True, separators=(",", ":"), default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -524,8 +530,31 @@ def _federation_faults(study: Study) -> list[str]:
                 'evaluation.validation: is 0, and keep = "best" chooses by validation cases; give '
                 'them a share, or write keep = "last"'
             )
+    faults += _patience_faults(study)
     if federation.sites_per_round is not None and federation.sites_per_round < federation.min_sites:
         faults.append("federation.sites_per_round: must be at least federation.min_sites")
+    return faults
+
+
+def _patience_faults(study: Study) -> list[str]:
+    federation, key = study.federation, "federation.patience"
+    if federation.patience is None:
+        return []
+    faults = []
+    if federation.best_metric is None:
+        faults.append(f"{key}: needs federation.best_metric, the metric that it goes by")
+    if not study.evaluation.validation and study.evaluation.split != "given":
+        faults.append(
+            f"{key}: evaluation.validation is 0, and the rule goes by validation cases; give them "
+            "a share, or remove it"
+        )
+    if federation.keep == "average":
+        faults.append(
+            f'{key}: keep = "average" is the mean of the second half of all rounds, which an early '
+            'end cuts off; write keep = "best", or remove it'
+        )
+    if federation.patience >= federation.rounds:
+        faults.append(f"{key}: must be below federation.rounds, else it never ends anything")
     return faults
 
 

@@ -78,6 +78,7 @@ class _About:
     best_value: float | None
     record: dict[str, Any]
     best_sites: dict[str, float] = field(default_factory=dict)
+    best_no_better: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,7 @@ def _about(checkpoint: Checkpoint, study: str, run: str) -> _About:
         best_value=model.best.value,
         record=asdict(checkpoint.record),
         best_sites=dict(model.best.sites),
+        best_no_better=model.best.no_better,
     )
 
 
@@ -193,7 +195,12 @@ def _model(about: _About, digest: str, arrays: Tensors) -> Model:
     slots = {slot: rested(named) for slot, named in found.items()}
     best_weights = rested(_group(arrays, "best"))
     best = Best(
-        about.best_metric, about.best_round, about.best_value, best_weights, about.best_sites
+        about.best_metric,
+        about.best_round,
+        about.best_value,
+        best_weights,
+        about.best_sites,
+        about.best_no_better,
     )
     return Model(
         weights=_group(arrays, "weights"),

@@ -326,20 +326,34 @@ def log(
 @app.command()
 def stop(
     run: Annotated[str | None, typer.Argument(help="A run; none: the server itself.")] = None,
+    test: Annotated[
+        bool, typer.Option("--test", help="Measure the model on test cases; ends it for good.")
+    ] = False,
     folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Stop a run after its present round, or the server of this folder.
 
+    A stopped run can go on, so its test cases stay unread; with --test they are read, and it is
+    done.
+
     Example: medfl-server stop lung-20270115-080000-ab12 --folder ~/fed
     """
+    from medfl.common.errors import ConfigError
     from medfl.server import runs, service
 
+    if test and run is None:
+        raise ConfigError("--test: name the run whose model is to be measured")
     federation, _ = _opened(folder)
     if run is not None:
-        changed = runs.stop(federation, run)
+        changed = runs.finish(federation, run) if test else runs.stop(federation, run)
         text = f"{run} is over already."
-        if changed:
+        if changed and test:
+            text = (
+                f"{run} trains no further after its present round; the hospitals measure its model "
+                "on test cases, and it is done."
+            )
+        elif changed:
             text = (
                 f"{run} ends after its present round, with the model and the report of its rounds "
                 f"and what they spent. To go on later: medfl-server resume {run}"

@@ -302,7 +302,7 @@ def _round_line(record: RoundRecord, rounds: int) -> str:
     )
     left_out = "".join(f"; without {s} ({why})" for s, why in sorted(record.left_out.items()))
     void = " VOID" if record.void else ""
-    what = f"round {record.round}/{rounds}" if record.round <= rounds else "the last model"
+    what = f"round {record.round}/{rounds}" if record.trained else "the last model"
     return f"{what}{void}: {len(record.sites)} sites, {record.seconds:.1f} s {metrics}{left_out}"
 
 

@@ -141,14 +141,15 @@ class Engine:
         on_round: Callable[[RoundRecord, Tensors], None] = lambda record, weights: None,
         keep: Callable[[Checkpoint], None] = lambda checkpoint: None,
         check: Callable[[], None] = lambda: None,
+        enough: Callable[[], bool] = lambda: False,
         bundle: bytes | None = None,
         door: Door | None = None,
     ) -> Outcome:
         """Run one study with the hospitals that are connected, or those of them in `only()`.
 
-        attempt, earlier, on_round, keep: as `run_study` takes them. check: called while sites are
-        waited for; what it raises ends the run. bundle: only for tests, which send what medfl
-        never does. door: checks each answer's seal.
+        attempt, earlier, on_round, keep, enough: as `run_study` takes them. check: called while
+        sites are waited for; what it raises ends the run. bundle: only for tests, which send what
+        medfl never does. door: checks each answer's seal.
 
         Raises:
             MedflError: what `run_study` raises, or the engine refused the run.
@@ -172,6 +173,7 @@ class Engine:
                 earlier=earlier,
                 on_round=on_round,
                 keep=keep,
+                enough=enough,
             )
             completed = True
             return outcome

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from medfl.common.messages import Instruction, Reply
@@ -21,6 +21,7 @@ class RoundRecord:
     update where it was seen (`medfl.strategies.direction`). left_out: site -> why.
     void: too few updates; the model did not change. model: digest of the weights after the round.
     epsilon: of a hospital by the study's [site_privacy], after this round; None without it.
+    trained: False where a model was judged and none trained: after the last round.
     """
 
     run: str
@@ -35,6 +36,7 @@ class RoundRecord:
     bytes_up: int
     model: str = ""
     epsilon: float | None = None
+    trained: bool = True
 
 
 def bytes_per_round(rounds: Sequence[RoundRecord]) -> tuple[int, int]:
@@ -50,6 +52,7 @@ class Best:
     """The best model so far by the study's rule; nothing yet where `value` is None.
 
     sites: the metric of each hospital that had it, on its validation cases. value: their mean.
+    no_better: later models in a row that were compared with it and are no better.
     """
 
     metric: str | None
@@ -57,6 +60,7 @@ class Best:
     value: float | None = None
     weights: Tensors = field(default_factory=dict)
     sites: Mapping[str, float] = field(default_factory=dict)
+    no_better: int = 0
 
     def or_this(self, round_: int, sites: Sequence[Mapping[str, Any]], weights: Tensors) -> Best:
         """The better of the two; the earlier one where they are equal.
@@ -76,8 +80,10 @@ class Best:
             both = sorted(own.keys() & self.sites.keys())
             sign = 1 if better(self.metric) == "higher" else -1
             gained = sign * (sum(own[n] for n in both) - sum(self.sites[n] for n in both))
-            if 2 * len(both) <= len(self.sites) or gained <= 0:
+            if 2 * len(both) <= len(self.sites):
                 return self
+            if gained <= 0:
+                return replace(self, no_better=self.no_better + 1)
         return Best(self.metric, round_, sum(own.values()) / len(own), weights, own)
 
 
@@ -90,6 +96,7 @@ def round_record(
     void: bool = False,
     bytes_up: int = 0,
     directions: Mapping[str, Direction] | None = None,
+    trained: bool = True,
 ) -> RoundRecord:
     """The record of one round from the admitted replies (their arrays are not looked at)."""
     losses = [(r.loss, r.n_cases) for r in replies if r.loss is not None]
@@ -106,6 +113,7 @@ def round_record(
         void=void,
         bytes_down=n_asked * (size(asked.weights) + size(asked.control)),
         bytes_up=bytes_up,
+        trained=trained,
     )
 
 
@@ -134,6 +142,7 @@ def _site(reply: Reply, direction: Direction | None) -> dict[str, Any]:
         "metrics": dict(reply.metrics.get("validation", {})),
         "loss": reply.loss,
         "epsilon": reply.epsilon,
+        "delta": reply.target_delta,
         "seconds": reply.seconds,
         "steps": reply.steps,
         **({} if direction is None else asdict(direction)),

@@ -30,6 +30,7 @@ from medfl.common.study import Study
 from medfl.common.tensors import Array, Tensors
 from medfl.server.average import average_of, averaged, first_averaged
 from medfl.server.checkpoint import Checkpoint, Model
+from medfl.server.ending import Ending, Why, reason
 from medfl.server.records import Best, RoundRecord, named, round_record, size
 from medfl.server.roster import Latecomers, Prepared, Roster, Sites, ask, ask_each, prepare
 from medfl.server.secure_round import Ahead, SecureRound, Terms
@@ -50,7 +51,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A finished run: the kept weights, the last ones, and the sites' final replies."""
+    """A finished run: the kept weights, the last ones, and the sites' final replies.
+
+    ending: of the training; None of a run that was stopped and may go on.
+    """
 
     weights: Tensors
     last: Tensors
@@ -61,6 +65,7 @@ class Outcome:
     seconds: float
     refused: dict[str, str] = field(default_factory=dict)
     unlike: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ending: Ending | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,7 @@ def run_study(
     noise_key: bytes | None = None,
     on_round: Callable[[RoundRecord, Tensors], None] = lambda record, weights: None,
     keep: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train one study with these sites; the same seed and sites give the same weights, bit by bit.
 
@@ -114,6 +120,7 @@ def run_study(
         it ends with the weights that it would have had, as far as sites train by the seed alone.
     keep: what each round leaves, before `on_round` tells of it.
     noise_key: of the noise of [site_privacy], for simulations; None: a fresh one, and other bits.
+    enough: whether a person wants no further round; the models are judged and tested all the same.
 
     Raises:
         ConfigError: the study names what the catalogues do not have.
@@ -134,8 +141,12 @@ def run_study(
     model = earlier.checkpoint.model if earlier else model
     federation = _Federation(study, strategy, sites, prepared, say, travels, buffers, noise_key)
     records = list(earlier.records) if earlier else []
-    first = earlier.checkpoint.record.round + 1 if earlier else 1
-    for number in range(first, study.federation.rounds + 1):
+    number: int = earlier.checkpoint.record.round if earlier else 0
+    why: Why = ""
+    while number < study.federation.rounds:
+        if number and (why := reason(study.federation, model.best, enough)):
+            break
+        number += 1
         if number > 1:
             prepared = late.join(prepared, first_question)
             federation = replace(federation, prepared=prepared)
@@ -152,11 +163,12 @@ def run_study(
         )
     last = model.weights
     if model.best.metric is not None:
-        record, model = _judge_last(federation, model)
+        record, model = _judge_last(federation, model, number)
         records.append(record)
         on_round(record, last)
-    kept, weights = _kept(study, model)
+    kept, weights = _kept(study, model, number)
     final, record = _finish(federation, weights, kept, model.best.round)
+    record = replace(record, round=number + 1)
     if model.best.metric is None:
         on_round(record, last)
     return Outcome(
@@ -169,6 +181,7 @@ def run_study(
         seconds=time.monotonic() - started,
         refused=prepared.refused,
         unlike=prepared.unlike,
+        ending=Ending(number, why),
     )
 
 
@@ -262,6 +275,8 @@ def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRec
         directions=admitted.directions.found() if isinstance(admitted, _Admitted) else None,
     )
     best, before = model.best.or_this(number - 1, record.sites, model.weights), model.state
+    if record.void and best.no_better:  # the same model is judged again in the next round
+        best = replace(best, no_better=model.best.no_better)
     model = replace(model, best=best)
     if isinstance(admitted, SecureRound) and admitted.ahead is not None:
         federation.ahead[number + 1] = admitted.ahead
@@ -367,9 +382,12 @@ def _only_asked(federation: _Federation, replies: Iterator[Reply]) -> Iterator[R
     return map(lambda reply: cleaned(reply, names), replies)
 
 
-def _judge_last(federation: _Federation, model: Model) -> tuple[RoundRecord, Model]:
-    """The last model's validation, which no later round reports, as a record of its own."""
-    started, rounds = time.monotonic(), federation.study.federation.rounds
+def _judge_last(federation: _Federation, model: Model, rounds: int) -> tuple[RoundRecord, Model]:
+    """The last model's validation, which no later round reports, as a record of its own.
+
+    rounds: that were trained.
+    """
+    started = time.monotonic()
     asked = replace(
         federation.say,
         kind="finish",
@@ -381,15 +399,22 @@ def _judge_last(federation: _Federation, model: Model) -> tuple[RoundRecord, Mod
     replies = list(_ask(federation, federation.roster, asked))
     left_out = {r.site: r.refusal for r in replies if r.refusal}
     good = [r for r in replies if not r.refusal]
-    record = round_record(asked, good, left_out, seconds=time.monotonic() - started)
+    record = round_record(asked, good, left_out, seconds=time.monotonic() - started, trained=False)
     best = model.best.or_this(rounds, record.sites, model.weights)
     return replace(record, round=rounds + 1), replace(model, best=best)
 
 
-def _kept(study: Study, model: Model) -> tuple[int, Tensors]:
-    """Which round's model is published, and its weights; of a mean, the last round."""
+def _kept(study: Study, model: Model, rounds: int) -> tuple[int, Tensors]:
+    """Which round's model is published, and its weights; of a mean, the last round.
+
+    rounds: that were trained.
+    """
     if study.federation.keep == "average":
-        return study.federation.rounds, average_of(model.state, model.weights)
+        if rounds >= first_averaged(study.federation.rounds):
+            return rounds, average_of(model.state, model.weights)
+        log.warning(
+            "no round of the second half was trained, of which the mean is; the last is kept"
+        )
     if study.federation.keep == "best":
         if model.best.value is not None:
             return model.best.round, model.best.weights
@@ -397,7 +422,7 @@ def _kept(study: Study, model: Model) -> tuple[int, Tensors]:
             "no site could measure %s on its validation part; the last model is kept",
             study.federation.best_metric,
         )
-    return study.federation.rounds, model.weights
+    return rounds, model.weights
 
 
 def _finish(
@@ -425,5 +450,5 @@ def _finish(
     if len(left_out) == len(replies):
         raise FederationError(f"No site could evaluate the model. Left out: {named(left_out)}.")
     good = [r for r in replies if not r.refusal]
-    record = round_record(asked, good, left_out, seconds=time.monotonic() - started)
-    return tuple(good), replace(record, round=federation.study.federation.rounds + 1)
+    record = round_record(asked, good, left_out, seconds=time.monotonic() - started, trained=False)
+    return tuple(good), record

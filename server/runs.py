@@ -1,6 +1,7 @@
 """Runs of studies as files: commands ask for them, the server works them off, all can look.
 
-runs/<id>/run.json        what was asked and how far it is     runs/<id>/stop   asks it to end
+runs/<id>/run.json        what was asked and how far it is     runs/<id>/stop    asks it to end
+runs/<id>/finish          asks it to train no further, and to measure what it has
 runs/<id>/progress.jsonl  one line a round                     runs/<id>/model.safetensors
 runs/<id>/checkpoint-*    where it stands (`medfl.server.checkpoint`)
 
@@ -36,7 +37,7 @@ OVER = ("done", "failed", "stopped", "paused")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run. created: seconds since 1970. wait_s: for the quorum. why: of a bad end.
+    """One run. created: seconds since 1970. wait_s: for the quorum. why: of a bad or early end.
 
     missing: sites that are waited for, each with the reason; once it runs, those that take no part.
     exit_code: as `medfl-server run`.
@@ -147,6 +148,16 @@ def stop(federation: Federation, run_id: str) -> bool:
     return True
 
 
+def finish(federation: Federation, run_id: str) -> bool:
+    """Ask a run to train no further and to measure what it has; False where it is over."""
+    run = load(federation, run_id)
+    if run.state in OVER:
+        return False
+    federation.record("run to be finished", run=run.id)
+    (folder_of(federation, run_id) / "finish").touch(mode=0o600)
+    return True
+
+
 def resume(federation: Federation, run_id: str) -> Run:
     """Put a run that ended without a model back in the queue; it goes on after its last round.
 
@@ -180,6 +191,11 @@ def _again(federation: Federation, run: Run) -> Run:
 def is_to_stop(federation: Federation, run_id: str) -> bool:
     """Whether somebody asked for its end."""
     return (folder_of(federation, run_id) / "stop").exists()
+
+
+def is_to_finish(federation: Federation, run_id: str) -> bool:
+    """Whether somebody asked to train no further."""
+    return (folder_of(federation, run_id) / "finish").exists()
 
 
 def end(federation: Federation, run: Run, state: State, why: str, exit_code: int) -> Run:

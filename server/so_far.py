@@ -111,12 +111,14 @@ def _save(federation: Federation, run: Run, last: Checkpoint, path: Path) -> int
 
 def _last_words(study: Study, records: list[RoundRecord]) -> tuple[Reply, ...]:
     """What each hospital told last: its privacy spent, and no test metrics."""
-    epsilons: dict[str, float | None] = {}
-    for record in records:
-        for site in record.sites:
-            epsilons[str(site["name"])] = site["epsilon"]
-    delta = study.privacy.delta if study.privacy is not None else None
+    last = {str(site["name"]): site for record in records for site in record.sites}
+    # Records of before 1 December 2026 have no delta; the study's is that of its own privacy.
+    agreed = study.privacy.delta if study.privacy is not None else None
     return tuple(
-        Reply(site=name, epsilon=spent, target_delta=None if spent is None else delta)
-        for name, spent in sorted(epsilons.items())
+        Reply(
+            site=name,
+            epsilon=site["epsilon"],
+            target_delta=None if site["epsilon"] is None else site.get("delta", agreed),
+        )
+        for name, site in sorted(last.items())
     )

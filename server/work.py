@@ -14,6 +14,7 @@ from medfl.common.errors import FederationError, Interrupted, MedflError, Storag
 from medfl.common.receipts import Seen
 from medfl.common.signing import public_of
 from medfl.server import runs, studies
+from medfl.server.ending import sentence
 from medfl.server.report import federated
 from medfl.strategies.catalogue import strategy_for
 from medfl.strategies.home import published_part
@@ -125,9 +126,10 @@ def _run(
         only=lambda: studies.approvals(federation, run.digest),
         attempt=run.attempt,
         earlier=_earlier(federation, run, last),
-        on_round=_note_rounds(federation, run, study.federation.rounds, check),
+        on_round=_note_rounds(federation, run, check),
         keep=_noting_refusals(federation, run, kept.keep),
         check=check,
+        enough=lambda: runs.is_to_finish(federation, run.id),
         door=Door(
             federation,
             run.digest,
@@ -228,13 +230,13 @@ def _refuse_stopped(federation: Federation, run: Run) -> None:
 
 
 def _note_rounds(
-    federation: Federation, run: Run, rounds: int, check: Callable[[], None]
+    federation: Federation, run: Run, check: Callable[[], None]
 ) -> Callable[[RoundRecord, Tensors], None]:
     """What is kept of each round, and the place where a run can be stopped."""
 
     def note(record: RoundRecord, weights: Tensors) -> None:
         runs.add_round(federation, run.id, record)
-        if record.round > rounds:
+        if not record.trained:
             return  # the last model's validation: the training is over
         _record_round(federation, run, record)
         now = runs.load(federation, run.id)
@@ -277,4 +279,5 @@ def _finish(federation: Federation, run: Run, study: Study, outcome: Outcome) ->
     done = replace(runs.load(federation, run.id), model=digest)
     runs.save(federation, done)
     federated.finish(federation, done, study, outcome)
-    runs.end(federation, done, "done", "", 0)
+    why = sentence(outcome.ending, study.federation) if outcome.ending is not None else ""
+    runs.end(federation, done, "done", why, 0)

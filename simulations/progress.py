@@ -44,12 +44,13 @@ class LiveProgress:
     def show(self, record: RoundRecord) -> None:
         """One round has ended."""
         total = self._rounds[record.run]
-        done = min(record.round, total)
+        done = min(record.round, total) if record.trained else record.round - 1
         text = note(record)
         if self._console.is_terminal:
-            self._progress.update(self._tasks[record.run], completed=done, note=text)
+            end = total if record.trained else done  # which a rule may have brought forward
+            self._progress.update(self._tasks[record.run], completed=done, total=end, note=text)
         else:
-            what = f"round {done}/{total}" if record.round <= total else "the last model"
+            what = f"round {done}/{total}" if record.trained else "the last model"
             self._console.print(
                 f"{record.run}: {what}, {record.seconds:.1f} s, {text}",
                 highlight=False,

@@ -22,6 +22,7 @@ from medfl.common.metrics.outcomes import outcomes as outcomes_of
 from medfl.common.metrics.scores import Scores, concatenate, load
 from medfl.common.seeds import derive
 from medfl.common.study import Study, Task
+from medfl.server.ending import ended_early
 from medfl.server.records import bytes_per_round, finite
 from medfl.server.rounds import Outcome, RoundRecord
 from medfl.simulations.elsewhere import elsewhere
@@ -159,7 +160,7 @@ def _with_own_numbers(run: SimulatedRun, outcome: Outcome) -> Outcome:
 def summary(
     run: SimulatedRun, outcomes: Mapping[str, Outcome], main: SimulatedRun, seed: int
 ) -> dict[str, Any]:
-    """sites, mean, all, all_intervals of one run, by the hospitals of the main one.
+    """sites, mean, all, all_intervals and an early end of one run, by the main one's hospitals.
 
     `mean` is over the sites' metrics, `all` counts every test case of every site once.
     """
@@ -180,6 +181,7 @@ def summary(
         "mean": mean_over_sites([s["metrics"] for s in sites]),
         "all": values,
         "all_intervals": bounds,
+        **ended_early(outcomes[run.name].ending, study.federation),
     }
 
 

@@ -210,13 +210,15 @@ def _course(run: Run, panels: Sequence[Panel]) -> str:
         numbers = [v for r in run.rounds if r.run == "main" and (v := pick(r)) is not None]
         if numbers:
             parts.append(f"{title}: from {numbers[0]:.3f} to {numbers[-1]:.3f}")
-    return f"Course over {run.facts.get('rounds')} rounds. {'; '.join(parts)}."
+    n = run.facts.get("ended_after") or run.facts.get("rounds")
+    return f"Course over {n} rounds. {'; '.join(parts)}."
 
 
 def epsilon_over_rounds(run: Run) -> Markup | None:
     """Privacy loss spent by each hospital after each round; None where no line reports it."""
     # The record after the last round judges a model and trains none.
-    rounds = tuple(r for r in run.rounds if r.number <= run.study.federation.rounds)
+    most = run.study.federation.rounds  # older files do not say which line trained
+    rounds = tuple(r for r in run.rounds if r.trained and r.number <= most)
     lines = _lines(replace(run, rounds=rounds), lambda r: r.site_epsilon, offset=0)
     if not lines:
         return None

@@ -25,6 +25,7 @@ from medfl.common.metrics import mean_over_sites
 from medfl.common.signing import canonical, is_signed, public_of, sign
 from medfl.common.study import Study
 from medfl.server import runs, studies
+from medfl.server.ending import ended_early
 from medfl.server.federation import Federation
 from medfl.server.records import bytes_per_round, finite
 from medfl.server.report.write import write_report
@@ -165,6 +166,7 @@ def facts(
         "strategy": study.federation.strategy,
         "seed": run.seed,
         "rounds": study.federation.rounds,
+        **ended_early(outcome.ending, study.federation),
         "seconds": round(outcome.seconds, 2),
         "date": time.strftime("%Y-%m-%d", time.gmtime(run.created)),
         "selected_round": outcome.selected_round,

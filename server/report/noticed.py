@@ -20,6 +20,7 @@ def noticed(run: Run) -> list[str]:
     """One sentence each; empty where there is nothing to be noticed."""
     return [
         *_stopped(run),
+        *_ended(run),
         *absent(run),
         *_unlike(run),
         *_turned_round(run),
@@ -32,9 +33,15 @@ def _stopped(run: Run) -> list[str]:
     if done is None:
         return []
     return [
-        f"the run was stopped after round {done} of {run.facts.get('rounds')}: nobody was asked "
-        "for test cases"
+        f"the run was stopped after round {done} of {run.facts.get('rounds')} and can go on: "
+        "nobody was asked for test cases, which are read once, at a run's end"
     ]
+
+
+def _ended(run: Run) -> list[str]:
+    ways = {"": run.facts, **(run.facts.get("baselines") or {})}
+    told = {name: plain["ending"] for name, plain in ways.items() if plain.get("ending")}
+    return [f"{words.way(name)}: {text}" if name else str(text) for name, text in told.items()]
 
 
 def absent(run: Run) -> list[str]:
@@ -64,7 +71,7 @@ def absent(run: Run) -> list[str]:
 
 def untrained(run: Run) -> list[SiteResult]:
     """Hospitals in the test that sent no update in any round: the model is new to them."""
-    rounds = [r for r in run.rounds if r.run == "main" and not r.void]
+    rounds = [r for r in run.rounds if r.run == "main" and r.trained and not r.void]
     trained = {name for r in rounds for name in r.site_metrics}
     return [s for s in run.federated.sites if s.n_train == 0 or (trained and s.name not in trained)]
 

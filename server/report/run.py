@@ -60,6 +60,7 @@ class Round:
     name. left_out: why, by site. void: too few answers, so the model stayed as it was.
     epsilon: of a hospital by [site_privacy]; None without it. site_length, site_cosine: of each
     admitted update, where the coordinator sees single ones (`medfl.strategies.direction`).
+    trained: False of a line after the last round, which judges a model.
     """
 
     run: str
@@ -74,6 +75,7 @@ class Round:
     epsilon: float | None = None
     site_length: Mapping[str, float | None] = field(default_factory=dict)
     site_cosine: Mapping[str, float | None] = field(default_factory=dict)
+    trained: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,7 @@ def _rounds(path: Path) -> Iterator[Round]:
             left_out={str(k): str(v) for k, v in (plain.get("left_out") or {}).items()},
             void=bool(plain.get("void", False)),
             epsilon=_number(plain.get("epsilon")),
+            trained=bool(plain.get("trained", True)),
         )
 
 

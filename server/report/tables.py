@@ -250,6 +250,8 @@ def _rounds(run: Run) -> str:
     rounds, chosen = run.facts.get("rounds"), run.facts.get("selected_round")
     how = run.study.federation
     void = sum(r.void for r in run.rounds if r.run == "main")
+    after = run.facts.get("ended_after")
+    rounds = rounds if after is None else f"{after} of {rounds}"
     rounds = f"{rounds} ({void} void, with too few answers)" if void else rounds
     if chosen is None:
         return str(rounds)
