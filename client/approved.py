@@ -74,6 +74,7 @@ class Approved:
         refuse_writable(self.site_file)
         site = load_site(self.site_file)
         self._refuse(digest, None, site)
+        site = consent.for_study(self.home, digest, site)
         hospital = self._kept(digest, site)
         if hospital is None:
             self._last = None

@@ -76,7 +76,9 @@ def _site_file(path: Path) -> tuple[Item, Site | None]:
         said = f"site.toml has {fault}" if path.exists() else "site.toml is not there"
         return Item("site file", "red", said, todo, str(error), error.exit_code), None
     own = "none" if site.privacy is None else f"epsilon at most {site.privacy.epsilon:g} a study"
-    return Item("site file", "green", f"{site.name}; differential privacy: {own}"), site
+    sets = f" {len(site.data_sets)} data sets ({', '.join(site.data_sets)});"
+    said = f"{site.name};{sets if site.data_sets else ''} differential privacy: {own}"
+    return Item("site file", "green", said), site
 
 
 def _enrolled(home: Home, site: Site | None) -> Iterator[Item]:
@@ -166,6 +168,9 @@ def _data(home: Home, site: Site, offered: list[Published], n_jobs: int | None) 
 
     for published in reversed(offered):
         topic = f"data for {published.name}"
+        if site.data_sets and not site.serving(published.name):
+            yield Item(topic, "note", "no data set of site.toml names it: no part is taken in it")
+            continue
         try:
             study = study_text.opened(home.enrolment().coordinator_key, published)
             result = check_with_cohort(site, study, n_jobs=n_jobs).result

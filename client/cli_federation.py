@@ -124,7 +124,7 @@ def show(
     )
     verdict = consent.verdict(home, found.digest, own)
     told += ["", f"This hospital: {verdict}."]
-    refuses = [] if own is None else foreseen.without_data(found, own.policy, own.privacy)
+    refuses = [] if own is None else foreseen.by_site(found, own)
     if refuses:
         told += ["It would refuse every run of this study:", *(f"  {why}" for why in refuses)]
     else:
@@ -418,6 +418,7 @@ def _checked(home: Home, site: Site, study: Study) -> Reading:
     from medfl.client.data.check import check_with_cohort, describe
     from medfl.client.reading import Reading, site_word
 
+    site = site.of_study(study.name)
     result = check_with_cohort(site, study).result
     if result.exit_code != 0:
         typer.echo("\n".join(describe(result)), err=True)

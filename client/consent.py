@@ -63,8 +63,21 @@ def allowed(
         home.clock(),
     )
     if not why and decision is not None and site is not None:
-        why = _other_file(decision, site_word(key, site))
+        try:
+            why = _other_file(decision, site_word(key, for_study(home, study_digest, site)))
+        except PolicyRefused as error:
+            why = str(error)
     return Refusal(why or "the study is not approved here") if why or not decision else decision
+
+
+def for_study(home: Home, study_digest: str, site: Site) -> Site:
+    """site.toml as far as it concerns a study.
+
+    Raises:
+        PolicyRefused: it has several data sets, and not one that is for this study; or the study
+            was never heard of.
+    """
+    return site.of_study(by_digest(home, study_digest).name) if site.data_sets else site
 
 
 def _other_file(decision: Decision, word: str) -> str:

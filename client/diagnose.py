@@ -88,7 +88,7 @@ def _studies(home: Home, site_file: Path) -> dict[str, str]:
 def _site(site_file: Path) -> dict[str, Any]:
     site = load_site(site_file)
     return {
-        "format": site.data.format,
+        "format": ", ".join(sorted({source.format for source in site.sources})),
         "device": site.device,
         "own_privacy": site.privacy is not None,
         "tasks": list(site.policy.tasks),

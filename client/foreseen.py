@@ -69,6 +69,15 @@ def by_budget(
         yield from _said(fits)
 
 
+def by_site(study: Study, site: Site) -> list[str]:
+    """What site.toml alone refuses, before the data are looked at."""
+
+    def has_data() -> None:
+        site.of_study(study.name)
+
+    return [*_said(has_data), *without_data(study, site.policy, site.privacy)]
+
+
 def without_data(study: Study, policy: Policy, privacy: SitePrivacy | None) -> list[str]:
     """What can be said before the data are looked at."""
     return list(by_policy(study, policy, budget.terms_of(study, privacy)))

@@ -101,9 +101,10 @@ def permissions(home: Home, site: Site | None) -> Iterator[Item]:
         for name, place in places.items()
         if not os.access(existing(place), os.W_OK | os.X_OK)
     ]
-    if site is not None and not os.access(site.data.path, os.R_OK):
-        there = "cannot be read" if site.data.path.exists() else "are not there"
-        faults.append((f"the data {there}", str(site.data.path)))
+    for source in () if site is None else site.sources:
+        if not os.access(source.path, os.R_OK):
+            there = "cannot be read" if source.path.exists() else "are not there"
+            faults.append((f"the data {there}", str(source.path)))
     if not faults:
         yield Item("permissions", "green", "keys are this user's alone; folders can be used")
     for said, detail in faults:

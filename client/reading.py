@@ -22,7 +22,7 @@ from medfl.common.signing import SigningKey
 from medfl.common.site import Site
 
 # What changes nothing that anybody agreed to: where it is computed and where copies lie.
-_NO_PROMISE = ("device", "cache")
+_NO_PROMISE = ("device", "cache", "data_sets")
 # The data are looked at again for at most this share of the time: a large archive lies far away.
 _SHARE = 0.05
 
@@ -46,9 +46,11 @@ def site_word(key: SigningKey, site: Site) -> str:
     """64 hexadecimal digits for all that site.toml promises; the same file gives the same word.
 
     It is keyed, because it goes to the coordinator in approvals, and a plain digest of so short a
-    file could be guessed. key: the hospital's.
+    file could be guessed. key: the hospital's. site: as the study meets it (`Site.of_study`), so
+    that a change of another data set is none of its.
     """
     plain = {name: value for name, value in asdict(site).items() if name not in _NO_PROMISE}
+    plain["data"] = asdict(site.source)
     secret = hmac.digest(key.private_bytes_raw(), b"medfl word for site.toml", "sha256")
     text = json.dumps(_plain(plain), sort_keys=True)
     return hmac.digest(secret, text.encode(), "sha256").hex()

@@ -49,6 +49,14 @@ def describe(
     return [_printable(line) for line in lines]
 
 
+def _from(study: Study, site: Site | None) -> Iterator[str]:
+    """Which of several data sets the study gets."""
+    if site is not None:
+        for name in site.serving(study.name):
+            data = site.data_sets[name]
+            yield f"  From the data set {name} of site.toml ({data.format}, {data.path})."
+
+
 def _printable(line: str) -> str:
     """A text of the study cannot begin a line of its own, nor send codes to the terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
@@ -79,6 +87,7 @@ def _computed(study: Study, site: Site | None) -> Iterator[str]:
     if study.image is not None:
         size = " x ".join(str(n) for n in study.image.size)
         yield f"  From images, prepared as {study.image.dimensions}-D arrays of {size}."
+    yield from _from(study, site)
     if study.record is not None:
         yield f"  From record fields: {', '.join(f.name for f in study.record.features)}."
     amount = (

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, get_args, get_type_hints
+from typing import Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -123,6 +123,9 @@ def _known_keys(kind: type, path: list[str]) -> list[str]:
     """Names of the keys allowed at `path` below `kind`, following lists and optional tables."""
     current: Any = kind
     for part in path:
+        if get_origin(current) is dict:  # `part` is a name that the file's writer chose
+            current = get_args(current)[1]
+            continue
         current = _dataclass_in(current)
         if current is None:
             return []

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from medfl.common import config
-from medfl.common.source import DataSource
+from medfl.common.errors import PolicyRefused
+from medfl.common.source import DataSet, DataSource
 from medfl.common.written import Count, Name, NotNegative, Positive, written
 
 
@@ -111,12 +113,15 @@ class Deid:
 class Site:
     """A hospital, as written in site.toml.
 
+    data: its cases. data_sets: several collections by name instead, each with the studies that it
+        serves: `[data_sets.chest]`, `[data_sets.heart]`.
     ledger: folder of what was spent of patients' privacy, ever. It must outlive everything else
     here: put it on a disk that is backed up, and never begin it anew.
     """
 
     name: Name
-    data: DataSource
+    data: DataSource | None = None
+    data_sets: dict[Name, DataSet] = field(default_factory=dict)
     policy: Policy = Policy()
     privacy: SitePrivacy | None = None
     cache: Cache = Cache()
@@ -126,28 +131,75 @@ class Site:
 
     def faults(self) -> list[str]:
         """Contradictions between keys, one line each."""
-        privacy = self.privacy
+        privacy, faults = self.privacy, []
+        if self.data is None and not self.data_sets:
+            faults.append("data: is missing; add it")
+        if self.data is not None and self.data_sets:
+            faults.append(
+                "data_sets: stand in place of [data]; write the one table or the others, not both"
+            )
         if privacy is None or privacy.declared_patients is None:
-            return []
+            return faults
         if privacy.delta * privacy.declared_patients >= 1:
-            return [
+            faults.append(
                 "privacy.delta: must be below 1 / declared_patients; a larger one would allow to "
                 "publish one patient's record"
-            ]
-        return []
+            )
+        return faults
+
+    @property
+    def source(self) -> DataSource:
+        """The one collection of cases; of several, `of_study` says which. Raises PolicyRefused."""
+        if self.data is None:
+            raise PolicyRefused("site.toml has several data sets, and no study was named.")
+        return self.data
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """Every collection of cases."""
+        return (self.data,) if self.data is not None else tuple(self.data_sets.values())
+
+    def of_study(self, study: str) -> Site:
+        """This hospital as a study of this name meets it: with the one collection that serves it.
+
+        Raises:
+            PolicyRefused: no data set names the study, or two do.
+        """
+        if self.data is not None:
+            return self
+        fitting = self.serving(study)
+        if len(fitting) == 1:
+            return replace(self, data=self.data_sets[fitting[0]].source, data_sets={})
+        known = ", ".join(self.data_sets)
+        if not fitting:
+            raise PolicyRefused(
+                f"{study}: no data set of site.toml names this study, so this hospital takes no "
+                f'part in it. To take part write studies = ["{study}"] in one of [data_sets]: '
+                f"{known}."
+            )
+        raise PolicyRefused(
+            f"{study}: the data sets {' and '.join(fitting)} of site.toml both name this study. "
+            "Leave it in one of them."
+        )
+
+    def serving(self, study: str) -> list[str]:
+        """Names of the data sets that name the study."""
+        return [
+            name
+            for name, data in self.data_sets.items()
+            if any(fnmatchcase(study, pattern) for pattern in data.studies)
+        ]
 
 
 def load_site(path: Path) -> Site:
     """Read site.toml; relative paths in it start at its folder. Raises ConfigError."""
     site = config.load(path, Site)
     folder = path.resolve().parent
-    return Site(
-        name=site.name,
-        data=site.data.below(folder),
-        policy=site.policy,
-        privacy=site.privacy,
+    return replace(
+        site,
+        data=None if site.data is None else site.data.below(folder),
+        data_sets={name: data.below(folder) for name, data in site.data_sets.items()},
         cache=Cache(path=folder / site.cache.path, max_gb=site.cache.max_gb),
         ledger=folder / site.ledger,
         deid=replace(site.deid, key=folder / site.deid.key) if site.deid.key else site.deid,
-        device=site.device,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
@@ -64,27 +65,32 @@ class DataSource:
     orientation: Orientation | None = None
     missing: tuple[str, ...] = ("", "?", "NA", "N/A", "NaN", "nan", "null")
 
-    def below(self, folder: Path) -> DataSource:
+    def below(self, folder: Path) -> Self:
         """The same source with relative paths starting at `folder`."""
 
         def place(path: Path | None) -> Path | None:
             return None if path is None else folder / path
 
-        return DataSource(
-            format=self.format,
-            path=folder / self.path,
-            table=place(self.table),
-            columns=self.columns,
-            header=self.header,
-            delimiter=self.delimiter,
-            encoding=self.encoding,
-            decimal=self.decimal,
-            values=self.values,
-            masks=place(self.masks),
-            orientation=self.orientation,
-            missing=self.missing,
+        return replace(
+            self, path=folder / self.path, table=place(self.table), masks=place(self.masks)
         )
 
     def column(self, name: str) -> str:
         """This hospital's column for what the study calls `name`."""
         return (self.columns or {}).get(name, name)
+
+
+@written
+class DataSet(DataSource):
+    """One of several collections of a hospital, with the studies that it serves.
+
+    studies: names of studies, or patterns of names such as "chest-*". A study that no data set
+        names, or two name, is not served: which cases it gets is never guessed.
+    """
+
+    studies: Annotated[list[str], Field(min_length=1)]
+
+    @property
+    def source(self) -> DataSource:
+        """The collection without the studies that it serves."""
+        return DataSource(**{f.name: getattr(self, f.name) for f in fields(DataSource)})

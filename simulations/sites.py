@@ -144,7 +144,7 @@ def find_hospitals(study: Study, data: Path, cache: Path) -> tuple[SimulatedHosp
         raise ConfigError(f"--data {data}: is not a folder; name the folder that holds the data")
     simulation = study.simulation
     if simulation is None:
-        return _from_site_files(data)
+        return _from_site_files(data, study)
     own = Cache(path=cache)
     if simulation.sites is not None:
         return tuple(
@@ -183,7 +183,7 @@ def _shares(found: Found, parts: Mapping[str, Sequence[str]]) -> dict[str, Found
     return {name: Found(tuple(cases[name]), tuple(faulty[name])) for name in parts}
 
 
-def _from_site_files(data: Path) -> tuple[SimulatedHospital, ...]:
+def _from_site_files(data: Path, study: Study) -> tuple[SimulatedHospital, ...]:
     files = sorted(data.glob("*/site.toml"))
     if not files:
         raise ConfigError(
@@ -196,7 +196,11 @@ def _from_site_files(data: Path) -> tuple[SimulatedHospital, ...]:
         raise ConfigError(f"--data {data}: two site.toml have the name {', '.join(sorted(twice))}")
     return tuple(
         SimulatedHospital(
-            name=s.name, source=s.data, cache=s.cache, policy=s.policy, privacy=s.privacy
+            name=s.name,
+            source=s.of_study(study.name).source,
+            cache=s.cache,
+            policy=s.policy,
+            privacy=s.privacy,
         )
         for s in sorted(sites, key=lambda s: s.name)
     )

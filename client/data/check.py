@@ -99,7 +99,12 @@ class Checked:
 
 
 def check(site: Site, study: Study) -> CheckResult:
-    """Examine a site's data for a study. Raises DataError where nothing can even be listed."""
+    """Examine a site's data for a study.
+
+    Raises:
+        PolicyRefused: no data set of the site is for this study.
+        DataError: nothing can even be listed.
+    """
     return check_with_cohort(site, study).result
 
 
@@ -196,7 +201,7 @@ def _pictures(facts: Sequence[Facts]) -> Pictures | None:
 def _features(examined: Examined, site: Site, study: Study) -> tuple[Field, ...]:
     if study.record is None:
         return ()
-    return fields_of(examined.listed, site.data, study.record.features)
+    return fields_of(examined.listed, site.of_study(study.name).source, study.record.features)
 
 
 def describe(result: CheckResult) -> list[str]:

@@ -17,10 +17,12 @@ def own_cohort(site: Site, study: Study) -> Cohort:
     """What this hospital trains on. The check shows, and an approval names, the same digest.
 
     Raises:
+        PolicyRefused: no data set of the site is for this study.
         DataError: the data cannot serve the study.
         StorageError: the cache or the secret cannot be read or written.
     """
-    return build_cohort(site.data, study, n_jobs=cores(), **_own(site))
+    source = site.of_study(study.name).source
+    return build_cohort(source, study, n_jobs=cores(), **_own(site))
 
 
 def examined(site: Site, study: Study, n_jobs: int | None = None) -> Examined:
@@ -28,7 +30,8 @@ def examined(site: Site, study: Study, n_jobs: int | None = None) -> Examined:
 
     n_jobs: cases prepared at the same time; None: one a core.
     """
-    return examine(site.data, study, n_jobs=n_jobs or cores(), **_own(site))
+    source = site.of_study(study.name).source
+    return examine(source, study, n_jobs=n_jobs or cores(), **_own(site))
 
 
 def cores() -> int:
