@@ -16,11 +16,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from medfl.common import statistics, tensors
-from medfl.common.errors import ConfigError, FederationError, TooFewUpdates
+from medfl.common.errors import FederationError, TooFewUpdates
 from medfl.common.messages import Instruction, Reply
 from medfl.common.metrics import default_metrics
 from medfl.common.models import build_model
-from medfl.common.models.norms import has_batch_norm
 from medfl.common.models.weights import get_weights
 from medfl.common.records import columns
 from medfl.common.resting import rested
@@ -36,11 +35,12 @@ from medfl.server.roster import Latecomers, Prepared, Roster, Sites, ask, ask_ea
 from medfl.server.secure_round import Ahead, SecureRound, Terms
 from medfl.strategies import buffers as averages
 from medfl.strategies.admission import cleaned, fault_of, opened
-from medfl.strategies.buffers import Buffers, buffer_names, refuse_unbounded
+from medfl.strategies.buffers import Buffers, buffer_names
 from medfl.strategies.catalogue import WEIGHTINGS, strategy_for
 from medfl.strategies.direction import Directions
 from medfl.strategies.home import home_names
 from medfl.strategies.proportion import OUT_OF_PROPORTION, Proportion, remember, remembered
+from medfl.strategies.rehearsal import refuse_misfit
 from medfl.strategies.site_privacy import spent
 from medfl.strategies.strategy import Combined, ServerState, Strategy
 
@@ -219,16 +219,11 @@ def _start(
     """The model that round 1 starts from, what sites send of it, and which of that is buffers."""
     n_features = len(columns(study.record, shared)) if study.record is not None else None
     module = build_model(study, shared, n_features=n_features, seed=derive(seed, "weights"))
-    if study.federation.keep == "average" and has_batch_norm(module):
-        raise ConfigError(
-            "federation.keep: the model has batch norm, whose statistics a mean of models does not "
-            'have; set model.options.norm to "group", or keep to "last"'
-        )
+    refuse_misfit(study, module, strategy.local)
     weights = get_weights(module)
     floating = tensors.floats(weights)
     travels = frozenset(floating) - home_names(module, strategy.local)
     buffers = buffer_names(module) & travels
-    refuse_unbounded(study, buffers)
     control: dict[str, Array] = {}
     if strategy.local.control_variates:
         control = {n: np.zeros_like(a) for n, a in floating.items() if n not in buffers}

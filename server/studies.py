@@ -23,12 +23,15 @@ def publish(federation: Federation, study: Study, *, replace: bool = False) -> P
     replace: another study of this name is withdrawn.
 
     Raises:
-        ConfigError: the study cannot be published: it names what no catalogue has, a text has a
-            control character, or another study has its name.
+        ConfigError: the study cannot be published: it names what no catalogue has, its network
+            cannot be built or combined as it says, a text has a control character, or another
+            study has its name.
     """
-    from medfl.strategies.catalogue import study_faults  # its models take their time to import
+    # Their models take their time to import.
+    from medfl.strategies.catalogue import study_faults
+    from medfl.strategies.rehearsal import misfits
 
-    if faults := study_faults(study):
+    if faults := study_faults(study) or misfits(study):
         raise ConfigError(faults)
     study_text.refuse_control(study)
     same_name = [p for p in published(federation) if p.name == study.name]
