@@ -347,7 +347,7 @@ def _plan(
         device=hospital.device,
         penalty=proximal(mu) if mu else None,
     )
-    if hospital.terms is None or not patients:
+    if hospital.terms is None:
         return plan, None
     dp, entry = private_site.charged(hospital, hospital.terms, asked, patients)
     return replace(plan, dp=dp), entry

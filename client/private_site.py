@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from medfl.client.hospital import Hospital
 
 
+# Charged where there is no training patient: the steps are taken all the same, of noise alone, and
+# what is told of privacy spent is as with one.
+NOBODY = ("nobody",)
+
+
 def charged(
     hospital: Hospital, terms: budget.Terms, asked: Instruction, patients: Sequence[str]
 ) -> tuple[DpPlan, Entry]:
@@ -34,7 +39,7 @@ def charged(
     dp, steps = budget.dp_plan(study, terms)
     step = (dp.noise_multiplier, dp.sample_rate, steps)
     charge = budget.charge_for(study, asked.run, "training", asked.round, step, terms.unit)
-    entry = budget.reserve(hospital.ledger, terms, charge, patients)
+    entry = budget.reserve(hospital.ledger, terms, charge, patients or NOBODY)
     if dp.quantile is not None:
         moved = home.bound(hospital.state).as_of(asked.round - 1)
         dp = replace(dp, clip=float(moved["clip"])) if moved else dp

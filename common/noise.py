@@ -65,7 +65,7 @@ def words_by_name(
     own = hmac.digest(key, f"by name\x1f{purpose}".encode(), "sha256")
     # One block is never enciphered twice under one key, so that the plain mode shows nothing.
     made = Cipher(AES(own), ECB()).encryptor().update(blocks.tobytes())
-    return np.frombuffer(made, dtype="<u4").reshape(len(names), -1)[:, :n]
+    return np.frombuffer(made, dtype="<u4").reshape(len(names), 4 * blocks.shape[1])[:, :n]
 
 
 class Keystream:

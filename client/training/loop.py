@@ -47,10 +47,11 @@ def train(
     The optimiser starts afresh every round.
 
     Raises:
-        DataError: no cases, or the loss stopped being a number.
+        DataError: no cases, or the loss stopped being a number. Under differential privacy no
+            cases are no error: whether there is one must not show, so the steps are noise alone.
         ConfigError: `plan.dp` for a model that mixes records; an unknown augmentation.
     """
-    if len(cases) == 0:
+    if len(cases) == 0 and plan.dp is None:
         raise DataError("There are no training cases. Check the data and the study's split.")
     place(model, plan.device).train()
     keep_frozen_statistics(model)

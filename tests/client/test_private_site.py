@@ -354,6 +354,27 @@ def test_a_whole_study_runs_with_an_open_and_a_private_hospital(make_site) -> No
     assert outcome.records[-1].loss == plain_one["loss"]
 
 
+@pytest.mark.parametrize("model", ["logistic", "mlp"])
+def test_a_private_hospital_without_a_training_patient_answers_as_with_one(
+    make_site, model: str
+) -> None:
+    """As it was: an error, which told the coordinator of the last training patient's leaving."""
+    study = study_of(model={"name": model}, privacy=PRICED)
+    header, *rows = table().splitlines()
+    nobody = "\n".join([header, *(r for r in rows if not r.endswith("train"))]) + "\n"
+    one = "\n".join([nobody.strip(), next(r for r in rows if r.endswith("train"))]) + "\n"
+    answers = []
+    for name, text in (("nobody", nobody), ("one", one)):
+        site = make_site(name, study, text=text)
+        answer(site, asked(site, "prepare", 0))
+        first, second = (answer(site, asked(site, round_=r)) for r in (1, 2))
+        assert first.refusal == ""
+        assert all(np.abs(a).max() > 0 for a in first.delta.values())
+        answers.append((first.n_cases, first.steps, first.epsilon, second.epsilon, first.loss))
+        assert set(first.delta) == set(second.delta)
+    assert answers[0] == answers[1]
+
+
 def write_site(folder: Path, privacy: str) -> tuple[Path, Path]:
     folder.mkdir(exist_ok=True)
     (folder / "cases.csv").write_text(table())
