@@ -77,7 +77,8 @@ def _site_file(path: Path) -> tuple[Item, Site | None]:
         return Item("site file", "red", said, todo, str(error), error.exit_code), None
     own = "none" if site.privacy is None else f"epsilon at most {site.privacy.epsilon:g} a study"
     sets = f" {len(site.data_sets)} data sets ({', '.join(site.data_sets)});"
-    said = f"{site.name};{sets if site.data_sets else ''} differential privacy: {own}"
+    role = " only evaluates;" if site.policy.evaluate_only else ""
+    said = f"{site.name};{role}{sets if site.data_sets else ''} differential privacy: {own}"
     return Item("site file", "green", said), site
 
 

@@ -173,7 +173,8 @@ def approve(
         told = words.describe(found, published, home.enrolment(), own, before)
         typer.echo("\n".join(told), err=as_json)
         typer.echo("", err=as_json)
-        question = f"Sign {found.name} for {reading.cases} training cases and {days:g} days?"
+        what = "evaluation only" if reading.evaluates else f"{reading.cases} training cases"
+        question = f"Sign {found.name} for {what} and {days:g} days?"
         typer.confirm(question, abort=True, err=as_json)
     book = Book.at(book_file(home, found.digest), found, own.policy.runs_per_approval)
     anew = book.used_up(consent.number(home, found.digest))
@@ -427,10 +428,12 @@ def _checked(home: Home, site: Site, study: Study) -> Reading:
         raise PolicyRefused("site.toml forbids what the study asks; nothing was signed.")
     terms = budget.terms_of(study, site.privacy)
     word = site_word(home.signing_key(), site)
+    evaluates = site.policy.evaluate_only
     if terms is None:
-        return Reading(result.digest, result.cases["train"], word)
+        return Reading(result.digest, result.cases["train"], word, evaluates=evaluates)
     budget.refuse_undeclared(terms)
-    return Reading(result.digest, terms.n_cases or 1, word, blind=True)
+    cases = 0 if evaluates else terms.n_cases or 1
+    return Reading(result.digest, cases, word, blind=True, evaluates=evaluates)
 
 
 def _send(home: Home, decision: Any) -> tuple[list[str], bool]:

@@ -231,7 +231,7 @@ def approve(
     Raises:
         ConfigError: no cases, a time that is none, or too few hospitals for a secure sum.
     """
-    if reading.cases < 1 or not reading.cohort:
+    if (reading.cases < 1 and not reading.evaluates) or not reading.cohort:
         raise ConfigError("There are no training cases to approve; run: medfl-client check")
     if not 0 < days <= 1000:
         raise ConfigError("--days: must be above 0 and at most 1000")
@@ -348,7 +348,9 @@ def verdict(home: Home, digest: str, site: Site | None = None) -> str:
     known = allowed(home, digest, None, site)
     if isinstance(known, Refusal):
         return f"{known.why}{gone}"
-    return f"approved until {time.strftime('%Y-%m-%d', time.gmtime(known.expires))}{gone}"
+    what = "" if known.cases else " for evaluation only"
+    until = time.strftime("%Y-%m-%d", time.gmtime(known.expires))
+    return f"approved{what} until {until}{gone}"
 
 
 def _keep(home: Home, decision: Decision) -> Decision:

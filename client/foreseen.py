@@ -27,15 +27,39 @@ def by_policy(study: Study, policy: Policy, terms: Terms | None) -> Iterator[str
             "[secure_aggregation]: the coordinator would see this hospital's update. Ask the "
             "coordinator for a study with it."
         )
+    if policy.evaluate_only:
+        yield from _by_silence(study, terms)
     if terms is not None:
         yield from _said(lambda: budget.refuse_undeclared(terms))
         yield from _said(lambda: budget.refuse_unprotected(study))
 
 
+def taking_part(policy: Policy) -> Part:
+    """The part whose cases a hospital takes part with."""
+    return "test" if policy.evaluate_only else "train"
+
+
+def _by_silence(study: Study, terms: Terms | None) -> Iterator[str]:
+    """Why a hospital that only evaluates would have nothing to say."""
+    if study.secure_aggregation is not None:
+        yield (
+            "This hospital only evaluates (policy.evaluate_only), and under [secure_aggregation] "
+            "no hospital tells metrics of its own. Evaluate the published model here instead."
+        )
+    elif terms is not None and terms.metrics_epsilon is None:
+        yield (
+            "This hospital only evaluates (policy.evaluate_only) and is private, and the study "
+            "states no price for metrics. Ask the coordinator for privacy.metrics_epsilon, or "
+            "evaluate the published model here."
+        )
+
+
 def by_size(
     policy: Policy, smallest: int, patients: Sequence[str], terms: Terms | None
 ) -> Iterator[str]:
-    """Too few to take part. patients: of each training case. smallest: number spoken of.
+    """Too few to take part. smallest: number spoken of.
+
+    patients: of each training case, or test case where the hospital only evaluates.
 
     Under privacy (terms) the declared numbers decide: whether the hospital refuses would else tell
     of the one patient who makes the difference.
@@ -43,14 +67,15 @@ def by_size(
     n_cases, n_patients = len(patients), len(set(patients))
     if terms is not None:
         n_cases, n_patients = terms.n_cases or 0, terms.n_units or 0
+    what = "test" if policy.evaluate_only else "training"
     if n_cases < policy.min_cases:
         yield (
-            f"{n_cases} training cases, and this site's policy asks for at least "
+            f"{n_cases} {what} cases, and this site's policy asks for at least "
             f"{policy.min_cases} (policy.min_cases)."
         )
     if n_patients < smallest:
         yield (
-            f"{n_patients} training patients, and this site's policy speaks of no fewer "
+            f"{n_patients} {what} patients, and this site's policy speaks of no fewer "
             f"than {smallest} (policy.smallest_count)."
         )
 

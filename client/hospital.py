@@ -194,13 +194,20 @@ def _refuse_forbidden(hospital: Hospital, asked: Instruction) -> None:
         raise PolicyRefused(
             "The coordinator asks for metrics of the training cases, which no noise protects."
         )
-    patients = hospital.patients("train")
+    if policy.evaluate_only and asked.kind not in ("prepare", "finish"):
+        raise PolicyRefused(
+            "This hospital only evaluates (policy.evaluate_only of site.toml), and the coordinator "
+            f"asks it to train ({asked.kind}). Nothing was sent."
+        )
+    patients = hospital.patients(foreseen.taking_part(policy))
     for why in foreseen.by_size(policy, hospital.smallest_count, patients, hospital.terms):
         raise PolicyRefused(f"{why} Nothing was sent.")
 
 
 def _prepare(hospital: Hospital, asked: Instruction) -> Reply:
     study, cohort, terms = hospital.study, hospital.cohort, hospital.terms
+    if hospital.policy.evaluate_only:
+        return replace(_described(hospital), evaluates=True)
     statistics = local_statistics(study, cohort, private=terms is not None)
     if terms is None:
         patients = hospital.patients("train")

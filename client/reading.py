@@ -33,13 +33,14 @@ class Reading:
 
     cohort: digest of the cases. cases: how many are trained on, as others may learn. site_toml:
     the word for the file (`site_word`). blind: the hospital is private, and a word for the cohort
-    leaves in place of its digest.
+    leaves in place of its digest. evaluates: the hospital trains nothing, and cases is 0.
     """
 
     cohort: str
     cases: int
     site_toml: str = ""
     blind: bool = False
+    evaluates: bool = False
 
 
 def site_word(key: SigningKey, site: Site) -> str:
@@ -51,6 +52,8 @@ def site_word(key: SigningKey, site: Site) -> str:
     """
     plain = {name: value for name, value in asdict(site).items() if name not in _NO_PROMISE}
     plain["data"] = asdict(site.source)
+    if not site.policy.evaluate_only:  # was added later: words of before stay the same
+        plain["policy"].pop("evaluate_only")
     secret = hmac.digest(key.private_bytes_raw(), b"medfl word for site.toml", "sha256")
     text = json.dumps(_plain(plain), sort_keys=True)
     return hmac.digest(secret, text.encode(), "sha256").hex()

@@ -103,6 +103,9 @@ def _computed(study: Study, site: Site | None) -> Iterator[str]:
         f"  {federation.rounds} rounds; in each, {amount} on this hospital's machine "
         f"({federation.strategy}). At least {federation.min_sites} hospitals must take part."
     )
+    if site is not None and site.policy.evaluate_only:
+        yield "  This hospital only evaluates (policy.evaluate_only): nothing is trained here, and"
+        yield "  it is asked once, at the end, for metrics of the model on its cases."
     if federation.patience is not None:
         yield (
             f"  Training may end earlier: after {federation.patience} models in a row with no "
@@ -116,6 +119,16 @@ def _computed(study: Study, site: Site | None) -> Iterator[str]:
 
 def _leaves(study: Study, site: Site | None) -> Iterator[str]:
     yield "What leaves this hospital:"
+    if site is not None and site.policy.evaluate_only:
+        names = ", ".join(study.evaluation.metrics or ["the task's usual ones"])
+        private = terms_of(study, site.privacy) is not None
+        noise = " with noise, at the study's price" if private else ""
+        yield f"  once, at the end: metrics over all its cases ({names}){noise}, rounded to"
+        yield f"  {site.policy.round_metrics_to} decimals."
+        if not private:
+            yield "  once, before training: how many cases, and how many left out for which reason."
+        yield "What never leaves: images, records, file names, patients' names and numbers."
+        return
     if terms_of(study, None if site is None else site.privacy) is None:
         yield from _leaves_plain(study, site)
     else:

@@ -21,9 +21,9 @@ class Decision:
 
     study, cohort: digests; of a private hospital's cohort a word that only the hospital can make
     (`medfl.client.cohort_word`). cases: training cases of the cohort (under privacy the declared
-    number), the most that the site may claim as its weight. at, expires: seconds since 1970. sites:
-    under secure aggregation the signing keys (hex) of the others that it may be summed with.
-    signature: by the site's pinned key.
+    number), the most that the site may claim as its weight; 0: it only evaluates. at, expires:
+    seconds since 1970. sites: under secure aggregation the signing keys (hex) of the others that it
+    may be summed with. signature: by the site's pinned key.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)

@@ -92,6 +92,7 @@ class Reply:
     counts: cases by part. left_out: cases left out, by reason. statistics: plain form of
         `LocalStatistics`, in prepare only. refusal: why the hospital takes no part, "" else.
     secure: plain form of what a step of a secure sum answers.
+    evaluates: in prepare: this hospital only evaluates, and is asked nothing but `finish`.
     delta: local minus global weights. control: change of the site's control variate (SCAFFOLD).
         Both may travel packed (`medfl.common.packing`), or masked together as one array of `delta`.
     """
@@ -112,6 +113,7 @@ class Reply:
     statistics: Mapping[str, Any] = field(default_factory=dict)
     refusal: str = ""
     secure: Mapping[str, Any] = field(default_factory=dict)
+    evaluates: bool = False
     delta: Tensors = field(default_factory=dict)
     control: Tensors = field(default_factory=dict)
 

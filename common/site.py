@@ -29,6 +29,9 @@ class Policy:
         patients, or words that so few have; the counts of the prepare exchange are raised to it.
         Sums are told again only when so many patients have changed. With fewer training patients
         the site takes no part.
+    evaluate_only: this hospital trains no model: all its cases are test cases, and it is asked at
+        the end how the model does on them (external validation). min_cases and smallest_count
+        then speak of these.
     """
 
     min_cases: Count = 1
@@ -42,6 +45,7 @@ class Policy:
     min_sum_sites: Annotated[int, Field(ge=2)] = 3
     runs_per_approval: Count = 10
     smallest_count: Count = 5
+    evaluate_only: bool = False
 
 
 @written

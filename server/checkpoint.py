@@ -79,6 +79,7 @@ class _About:
     record: dict[str, Any]
     best_sites: dict[str, float] = field(default_factory=dict)
     best_no_better: int = 0
+    evaluators: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +171,15 @@ def _about(checkpoint: Checkpoint, study: str, run: str) -> _About:
         record=asdict(checkpoint.record),
         best_sites=dict(model.best.sites),
         best_no_better=model.best.no_better,
+        evaluators=dict(prepared.evaluators),
     )
 
 
 def _prepared(about: _About) -> Prepared:
     shared = statistics.shared_from_plain(about.shared)
-    return Prepared(about.roster, about.cases, shared, about.refused, about.unlike)
+    return Prepared(
+        about.roster, about.cases, shared, about.refused, about.unlike, about.evaluators
+    )
 
 
 def _arrays(model: Model) -> Iterator[tuple[str, Array]]:

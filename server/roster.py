@@ -45,6 +45,7 @@ class Prepared:
     """Who takes part, with how many training cases, what they share, and who refused why.
 
     unlike: by hospital, the fields whose values are far from the other hospitals' (`unlike`).
+    evaluators: hospitals that train nothing and are asked at the end (external validation).
     """
 
     roster: Roster
@@ -52,6 +53,7 @@ class Prepared:
     shared: Shared
     refused: dict[str, str]
     unlike: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    evaluators: Roster = field(default_factory=dict)
 
 
 def prepare(
@@ -67,10 +69,13 @@ def prepare(
     parts: dict[str, LocalStatistics] = {}
     cases: dict[str, int] = {}
     refused: dict[str, str] = {}
+    evaluators: dict[str, str] = {}
     for address, reply in zip(addresses, sites.ask((a, say) for a in addresses), strict=True):
         part, why = _part_of(cleaned(reply, ()))
         name = reply.site if _NAME.fullmatch(reply.site) else address
-        if part is None or name in found:
+        if _only_evaluates(reply) and name not in found | evaluators:
+            evaluators[name] = address
+        elif part is None or name in found | evaluators:
             refused[name] = why or "two sites have this name"
             if closed is not None and why not in UNANSWERED:
                 closed.add(address)
@@ -88,7 +93,18 @@ def prepare(
     odd = unlike(parts)
     for name, fields in odd.items():
         log.warning("site=%s is unlike the others: %s", name, "; ".join(fields))
-    return Prepared({n: found[n] for n in ordered}, cases, shared, refused, odd)
+    return Prepared(
+        {n: found[n] for n in ordered},
+        cases,
+        shared,
+        refused,
+        odd,
+        dict(sorted(evaluators.items())),
+    )
+
+
+def _only_evaluates(reply: Reply) -> bool:
+    return reply.evaluates and not reply.refusal
 
 
 @dataclass(slots=True)
@@ -122,7 +138,8 @@ class Latecomers:
         return prepared
 
     def _may_join(self, address: str, prepared: Prepared) -> bool:
-        if address in prepared.roster.values() or address in self.closed:
+        taken = {*prepared.roster.values(), *prepared.evaluators.values()}
+        if address in taken or address in self.closed:
             return False
         if self.tries.get(address, 0) >= _TRIES:
             return False
@@ -132,8 +149,13 @@ class Latecomers:
 def _joined(prepared: Prepared, address: str, reply: Reply) -> Prepared:
     part, why = _part_of(cleaned(reply, ()))
     name = reply.site if _NAME.fullmatch(reply.site) else address
-    if name in prepared.roster:
+    if name in prepared.roster or name in prepared.evaluators:
         name, why = address, "two sites have this name"
+    elif _only_evaluates(reply):
+        log.warning("site=%s joins, to evaluate only", name)
+        evaluators = dict(sorted({**prepared.evaluators, name: address}.items()))
+        refused = {n: w for n, w in prepared.refused.items() if n not in (name, address)}
+        return replace(prepared, evaluators=evaluators, refused=refused)
     elif part is not None and part.private and not prepared.shared.private:
         why = "trains under differential privacy, and the model was made without such hospitals"
     if part is None or why:

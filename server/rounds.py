@@ -53,7 +53,8 @@ log = logging.getLogger(__name__)
 class Outcome:
     """A finished run: the kept weights, the last ones, and the sites' final replies.
 
-    ending: of the training; None of a run that was stopped and may go on.
+    ending: of the training; None of a run that was stopped and may go on. external: of sites that
+    only evaluated.
     """
 
     weights: Tensors
@@ -66,6 +67,15 @@ class Outcome:
     refused: dict[str, str] = field(default_factory=dict)
     unlike: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ending: Ending | None = None
+    external: tuple[Reply, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Final:
+    """Last words of sites that trained, and of those that only evaluated."""
+
+    trained: tuple[Reply, ...]
+    external: tuple[Reply, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +186,8 @@ def run_study(
         last=last,
         selected_round=kept,
         shared=prepared.shared,
-        final=final,
+        final=final.trained,
+        external=final.external,
         records=tuple(records),
         seconds=time.monotonic() - started,
         refused=prepared.refused,
@@ -422,7 +433,7 @@ def _kept(study: Study, model: Model, rounds: int) -> tuple[int, Tensors]:
 
 def _finish(
     federation: _Federation, weights: Tensors, kept: int, best_round: int
-) -> tuple[tuple[Reply, ...], RoundRecord]:
+) -> tuple[_Final, RoundRecord]:
     """The sites' last words, metrics of the kept model, and their validation as a record.
 
     Raises:
@@ -438,12 +449,15 @@ def _finish(
         parts=("validation", "test"),
         weights=weights,
     )
-    replies = list(_ask(federation, federation.roster, asked))
+    evaluators = federation.prepared.evaluators
+    replies = list(_ask(federation, {**federation.roster, **evaluators}, asked))
     left_out = {r.site: r.refusal for r in replies if r.refusal}
     for site, why in left_out.items():
         log.warning("finish: site=%s left out: %s", site, why)
-    if len(left_out) == len(replies):
-        raise FederationError(f"No site could evaluate the model. Left out: {named(left_out)}.")
     good = [r for r in replies if not r.refusal]
-    record = round_record(asked, good, left_out, seconds=time.monotonic() - started, trained=False)
-    return tuple(good), record
+    trained = [r for r in good if r.site not in evaluators]
+    if not trained:
+        raise FederationError(f"No site could evaluate the model. Left out: {named(left_out)}.")
+    seconds = time.monotonic() - started
+    record = round_record(asked, trained, left_out, seconds=seconds, trained=False)
+    return _Final(tuple(trained), tuple(r for r in good if r.site in evaluators)), record

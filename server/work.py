@@ -148,7 +148,7 @@ def _noting_refusals(
     def noting(checkpoint: Checkpoint) -> None:
         keep(checkpoint)
         refused = dict(sorted(checkpoint.prepared.refused.items()))
-        known = {*checkpoint.prepared.roster, *refused}
+        known = {*checkpoint.prepared.roster, *checkpoint.prepared.evaluators, *refused}
         missing = (
             *_missing(federation, run.digest, known),
             *(f"{site} ({why})" for site, why in refused.items()),
@@ -193,21 +193,24 @@ def _quorum(
     need, end = max(1, study.federation.min_sites), time.monotonic() + run.wait_s
     enough_since = time.monotonic()
     while True:
-        approved = set(studies.approvals(federation, run.digest))
+        decisions = studies.approvals(federation, run.digest)
+        approved = set(decisions)
         there = approved & set(engine.roster.sites())
+        # A hospital that only evaluates has approved no training case.
+        training = {site for site in there if decisions[site].cases}
         missing = tuple(_missing(federation, run.digest, there))
-        if len(there) < need:
+        if len(training) < need:
             enough_since = time.monotonic()
         patient = time.monotonic() < min(end, enough_since + connect_s)
-        if len(there) >= need and not (approved - there and patient):
+        if len(training) >= need and not (approved - there and patient):
             return sorted(there)
         if missing != run.missing:
             run = replace(run, missing=missing)
             runs.save(federation, run)
         if time.monotonic() >= end:
             raise FederationError(
-                f"{len(there)} of the {need} sites that the study needs have approved it and are "
-                f"connected. Missing: {'; '.join(missing) or 'nobody was invited'}."
+                f"{len(training)} of the {need} sites that the study needs have approved it and "
+                f"are connected. Missing: {'; '.join(missing) or 'nobody was invited'}."
             )
         check()
         _refuse_stopped(federation, run)

@@ -105,7 +105,14 @@ def write_results(
 ) -> dict[str, Any]:
     """Write models, study.toml's digest and result.json into the main run's folder; returns it."""
     main = runs[0]
-    outcomes = {run.name: _with_own_numbers(run, outcomes[run.name]) for run in runs}
+    outcomes = {
+        run.name: replace(
+            outcomes[run.name],
+            final=_with_own_numbers(run, outcomes[run.name].final),
+            external=_with_own_numbers(run, outcomes[run.name].external),
+        )
+        for run in runs
+    }
     outcome, study = outcomes[main.name], main.study
     summaries = {run.name: summary(run, outcomes, main, seed) for run in runs}
     for run in runs:
@@ -147,14 +154,14 @@ def write_results(
     return result
 
 
-def _with_own_numbers(run: SimulatedRun, outcome: Outcome) -> Outcome:
+def _with_own_numbers(run: SimulatedRun, replies: Sequence[Reply]) -> tuple[Reply, ...]:
     """With what private sites keep from the coordinator: who simulates owns their data."""
     final = []
-    for reply in outcome.final:
+    for reply in replies:
         file = run.folder / "sites" / reply.site / "cohort.json"
         kept = json.loads(file.read_text()) if file.exists() else {}
         final.append(replace(reply, **kept))
-    return replace(outcome, final=tuple(final))
+    return tuple(final)
 
 
 def summary(
@@ -178,6 +185,12 @@ def summary(
     values, bounds = _measured(study, everything, names, derive(seed, "bootstrap"))
     return {
         "sites": [{**s, "epsilon": None, "delta": None} if run.pooled else s for s in sites],
+        "external": [
+            _site(
+                study, reply, _scores(run, reply.site), names, derive(seed, "outside", reply.site)
+            )
+            for reply in outcomes[run.name].external
+        ],
         "mean": mean_over_sites([s["metrics"] for s in sites]),
         "all": values,
         "all_intervals": bounds,
@@ -239,7 +252,7 @@ def site_scores(
     pooled = found["pooled"]
     position = {} if pooled is None else {key: i for i, key in enumerate(pooled.keys)}
     parts: dict[str, Scores | None] = {}
-    for hospital in main.names:
+    for hospital in (h.name for h in run.hospitals):
         own = _scores(main, hospital)
         if own is None or pooled is None:
             continue

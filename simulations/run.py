@@ -61,15 +61,17 @@ def plan_runs(
     main = SimulatedRun(MAIN, study, tuple(hospitals), out, device)
     strategy_for(study)
     runs = [main]
-    unprotected = tuple(replace(h, privacy=None) for h in hospitals)
+    # Who only evaluates is no part of what the federated model is compared with.
+    base = replace(main, hospitals=tuple(h for h in hospitals if not h.policy.evaluate_only))
+    unprotected = tuple(replace(h, privacy=None) for h in base.hospitals)
     for name in dict.fromkeys(compare):
         folder = out / "baselines" / name
         if name == "pooled":
-            pooled = as_pooled(study, len(hospitals))
-            runs.append(replace(main, name=name, study=pooled, folder=folder, pooled=True))
+            pooled = as_pooled(study, len(base.hospitals))
+            runs.append(replace(base, name=name, study=pooled, folder=folder, pooled=True))
         elif name == NO_PRIVACY:
             other = replace(study, privacy=None, site_privacy=None)
-            runs.append(replace(main, name=name, study=other, folder=folder, hospitals=unprotected))
+            runs.append(replace(base, name=name, study=other, folder=folder, hospitals=unprotected))
         elif name in STRATEGIES:
             other = study.with_strategy(name)
             if name == "local":
@@ -80,8 +82,8 @@ def plan_runs(
                 # What stays at a hospital is not averaged.
                 other = replace(other, federation=replace(other.federation, keep="last"))
             strategy_for(other)
-            whose = unprotected if name == "local" else main.hospitals
-            runs.append(replace(main, name=name, study=other, folder=folder, hospitals=whose))
+            whose = unprotected if name == "local" else base.hospitals
+            runs.append(replace(base, name=name, study=other, folder=folder, hospitals=whose))
         else:
             raise ConfigError(
                 f"--compare {name}: is not known; use pooled, {NO_PRIVACY} or one of "

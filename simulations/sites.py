@@ -51,6 +51,7 @@ class SimulatedHospital:
             found=self.listed,
             site_key=self.name.encode(),
             durable=False,
+            test_only=self.policy.evaluate_only,
         )
 
 

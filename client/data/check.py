@@ -130,11 +130,20 @@ def check_with_cohort(site: Site, study: Study, *, n_jobs: int | None = None) ->
         pictures=_pictures([f for f in examined.facts if f is not None]),
         features=features,
         faults=faults,
-        notes=(*examined.notes, *field_notes(features)),
+        notes=(*_role(site), *examined.notes, *field_notes(features)),
         digest="" if faults else cohort.digest,
         exit_code=code,
     )
     return Checked(result, cohort)
+
+
+def _role(site: Site) -> tuple[str, ...]:
+    if not site.policy.evaluate_only:
+        return ()
+    return (
+        "This hospital only evaluates (policy.evaluate_only): all its cases are test cases, and "
+        "nothing is trained here.",
+    )
 
 
 def _policy_faults(site: Site, study: Study, cohort: Cohort) -> tuple[str, ...]:
@@ -146,7 +155,12 @@ def _policy_faults(site: Site, study: Study, cohort: Cohort) -> tuple[str, ...]:
     terms = budget.terms_of(study, site.privacy)
     return (
         *foreseen.by_policy(study, site.policy, terms),
-        *foreseen.by_size(site.policy, site.policy.smallest_count, patients("train"), terms),
+        *foreseen.by_size(
+            site.policy,
+            site.policy.smallest_count,
+            patients(foreseen.taking_part(site.policy)),
+            terms,
+        ),
         *foreseen.by_budget(site, study, terms, patients),
     )
 

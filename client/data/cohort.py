@@ -93,6 +93,7 @@ def build_cohort(
     withdrawn: Withdrawn | None = None,
     n_jobs: int = 1,
     durable: bool = True,
+    test_only: bool = False,
 ) -> Cohort:
     """List, load, check, quarantine and split a site's cases.
 
@@ -100,6 +101,7 @@ def build_cohort(
     site_key: keys the hashes of case and patient names. order: keys the order of the cases;
     site_key where omitted. withdrawn: says of a case whether its patient has withdrawn consent.
     n_jobs: cases prepared at the same time. durable: whether to wait until the disk has the cache.
+    test_only: all cases are test cases, whatever the study's split says.
 
     Raises:
         DataError: the data cannot serve the study; the message says why, in counts.
@@ -115,6 +117,7 @@ def build_cohort(
         withdrawn=withdrawn,
         n_jobs=n_jobs,
         durable=durable,
+        test_only=test_only,
     )
     if examined.faults:
         raise DataError("\n".join(examined.faults))
@@ -134,6 +137,7 @@ def examine(
     withdrawn: Withdrawn | None = None,
     n_jobs: int = 1,
     durable: bool = True,
+    test_only: bool = False,
 ) -> Examined:
     """`build_cohort` that collects what is wrong instead of stopping at it.
 
@@ -157,7 +161,8 @@ def examine(
             faulty.append(Quarantined(candidate.ref.case_id, entry.reason, entry.detail))
         else:
             usable.append((candidate, entry.facts))
-    cohort, faults = _assembled(usable, stored, (*found.quarantined, *faulty), study, site_key)
+    quarantined = (*found.quarantined, *faulty)
+    cohort, faults = _assembled(usable, stored, quarantined, study, site_key, test_only)
     facts = tuple(f for _, f in usable)
     notes = (*notes_on(cohort, study), *spelling_notes(found.cases, source, study))
     if faults and cohort.quarantined:
@@ -241,6 +246,7 @@ def _assembled(
     quarantined: tuple[Quarantined, ...],
     study: Study,
     site_key: bytes,
+    test_only: bool,
 ) -> tuple[Cohort, list[str]]:
     candidates = [candidate for candidate, _ in usable]
     faults = quality_faults(len(candidates), quarantined, study)
@@ -249,6 +255,8 @@ def _assembled(
     except DataError as error:
         faults.append(str(error))
         splits = ["train"] * len(candidates)
+    if test_only:
+        splits = ["test"] * len(candidates)
     cases = tuple(
         Case(c.key, hashed(site_key, "patient", c.ref.patient), split)
         for c, split in zip(candidates, splits, strict=True)

@@ -47,4 +47,5 @@ def _own(site: Site) -> dict[str, Any]:
         # Batches follow this order, and a simulation of the same hospitals has to follow it too.
         "order": site.name.encode(),
         "withdrawn": withdrawn_among(site, secret),
+        "test_only": site.policy.evaluate_only,
     }

@@ -171,6 +171,7 @@ def facts(
         "date": time.strftime("%Y-%m-%d", time.gmtime(run.created)),
         "selected_round": outcome.selected_round,
         "sites": [_site(reply) for reply in outcome.final],
+        "external": [_site(reply) for reply in outcome.external],
         "mean": mean_over_sites([t for t in tests if t]),
         "baselines": {},
         "refused": _took_no_part(outcome, absent),

@@ -7,7 +7,8 @@ from medfl.server.report.run import Run, SiteResult
 
 
 def result_lines(run: Run) -> list[str]:
-    """A table of each hospital's test part and of their mean; one sentence where nobody told."""
+    """A table of each hospital's test part and of their mean, then of those that only evaluated;
+    one sentence where nobody told."""
     metric = words.headline_metric(run)
     if metric is None:
         return ["No hospital told a metric of its test cases."]
@@ -21,6 +22,10 @@ def result_lines(run: Run) -> list[str]:
             "",
             words.value(metric, run.federated.mean.get(metric)),
             "",
+        ),
+        *(
+            (f"{s.name} (external)", words.count(s.n_test), _value(s, metric), _epsilon(s))
+            for s in run.external
         ),
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]

@@ -59,8 +59,11 @@ def context(run: Run, drawn: Mapping[str, list[Figure]] | None = None) -> dict[s
         "comparison": tables.comparison(run),
         "means": tables.mean_table(run),
         "sites": tables.site_tables(run, metric),
+        "external": tables.external_table(run, metric),
         "hides": not all(
-            words.shows_metrics(s, name) for s in run.federated.sites for name in s.metrics
+            words.shows_metrics(s, name)
+            for s in (*run.federated.sites, *run.external)
+            for name in s.metrics
         ),
         **{g: figures(run, g) if found is None else found for g, found in groups.items()},
         "sides": _orientation(run) is not None,

@@ -80,7 +80,10 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything the report is made from; `facts` is result.json as it is."""
+    """Everything the report is made from; `facts` is result.json as it is.
+
+    external: hospitals that only evaluated; they are in no mean and in no figure over all cases.
+    """
 
     folder: Path
     study: Study
@@ -88,6 +91,7 @@ class Run:
     federated: Outcome
     baselines: Mapping[str, Outcome]
     rounds: tuple[Round, ...]
+    external: tuple[SiteResult, ...] = ()
 
     @property
     def between_hospitals(self) -> bool:
@@ -138,12 +142,13 @@ def read_run(folder: Path) -> Run:
         federated = _outcome(facts)
         baselines = {name: _outcome(part) for name, part in (facts.get("baselines") or {}).items()}
         rounds = tuple(_rounds(folder / "rounds.jsonl"))
+        external = tuple(_site(s) for s in facts.get("external") or [])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StorageError(
             f"{folder}: result.json or rounds.jsonl lacks something that the report needs "
             f"({type(error).__name__}: {error}). Was the run finished by this version of medfl?"
         ) from None
-    return Run(folder, study, facts, federated, baselines, rounds)
+    return Run(folder, study, facts, federated, baselines, rounds, external)
 
 
 def _study(folder: Path) -> Study:

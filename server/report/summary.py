@@ -22,7 +22,12 @@ def summary(run: Run, metric: str | None) -> str:
     """The paragraph that a doctor or a coordinator reads if they read nothing else."""
     if metric is None:
         return "The run reports no metric on test cases, so nothing can be said about the model."
-    parts = [_reached(run, metric), _pooled(run, metric), _alone(run, metric)]
+    parts = [
+        _reached(run, metric),
+        _outside(run, metric),
+        _pooled(run, metric),
+        _alone(run, metric),
+    ]
     parts += [_others(run, metric), _privacy(run), _cost_of_privacy(run, metric)]
     return " ".join(part for part in parts if part)
 
@@ -42,6 +47,24 @@ def _reached(run: Run, metric: str) -> str:
     reached = _with_interval(run.federated, metric)
     where = f"over all {tests} test cases" if tests[0].isdigit() else f"over {tests} test cases"
     return f"The federated model reached {label} {reached} {where} of {_hospitals(len(sites))}."
+
+
+def _outside(run: Run, metric: str) -> str:
+    """External validation; also where no figure may be shown, since that is a result."""
+    told = [
+        f"{words.value(metric, s.metrics.get(metric))} at {s.name}"
+        for s in run.external
+        if words.shows_metrics(s, metric) and s.metrics.get(metric) is not None
+    ]
+    if not run.external:
+        return ""
+    label = words.measure(metric).label
+    who = f"{_hospitals(len(run.external))} that took no part in training"
+    return (
+        f"In external validation, at {who}, it reached {label} {', '.join(told)}."
+        if told
+        else f"Of external validation, at {who}, no {label} can be shown."
+    )
 
 
 def _with_interval(outcome: Outcome, metric: str) -> str:
@@ -253,7 +276,7 @@ def _few_cases(run: Run) -> list[str]:
 
 
 def _new_hospitals(run: Run) -> str:
-    new = [site.name for site in untrained(run)]
+    new = [*(site.name for site in untrained(run)), *(site.name for site in run.external)]
     if not new:
         return (
             "Every hospital in the test also took part in training. How the model does at a "

@@ -56,7 +56,8 @@ def cards(run: Run, metric: str | None) -> list[tuple[str, str, str]]:
         if len(shown) > 1:
             low, high = (words.value(metric, shown[i].metrics.get(metric)) for i in (-1, 0))
             found.append(("Weakest hospital", low, f"strongest {high}"))
-    found.append(("Hospitals", str(len(sites)), f"{run.facts.get('rounds')} rounds"))
+    rounds = run.facts.get("ended_after") or run.facts.get("rounds")
+    found.append(("Hospitals", str(len(sites)), f"{rounds} rounds"))
     trained = words.total(s.n_train for s in sites)
     tested = words.total(s.n_test for s in sites)
     note = "test cases: few, or not told" if tested == words.NONE else f"tested on {tested}"
@@ -130,6 +131,27 @@ def site_tables(run: Run, metric: str | None) -> list[Table]:
     if metric is not None and "local" in run.baselines and run.baselines["local"].elsewhere:
         tables.append(_elsewhere_table(run, metric))
     return tables
+
+
+def external_table(run: Run, metric: str | None) -> Table | None:
+    """What the model reached where nobody trained it; None where no hospital only evaluated."""
+    if not run.external:
+        return None
+    metrics = list(dict.fromkeys(m for s in run.external for m in s.metrics))
+    if metric in metrics:
+        metrics = [metric, *(m for m in metrics if m != metric)]
+    rows = [
+        [(site.name, ""), (_n_test(site), ""), *(_cell(site, m) for m in metrics)]
+        for site in run.external
+    ]
+    text = "Hospitals that only evaluated: they trained nothing, and are in no mean and no total."
+    return Table(text, ["Hospital", "Test cases", *(words.measure(m).label for m in metrics)], rows)
+
+
+def _n_test(site: SiteResult) -> str:
+    if site.n_test is None:
+        return words.NONE
+    return str(site.n_test) if site.n_test >= words.SMALL else f"under {words.SMALL}"
 
 
 def _elsewhere_table(run: Run, metric: str) -> Table:

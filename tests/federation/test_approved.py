@@ -371,6 +371,28 @@ def test_nothing_is_even_read_for_a_study_that_is_not_approved(world: World) -> 
     assert "not approved" in line["about"]["why"]
 
 
+def test_a_hospital_that_only_evaluates_signs_for_no_training_case(world: World) -> None:
+    file, home = world.finder.site_file, world.finder.home
+    file.write_text(file.read_text() + "[policy]\nevaluate_only = true\n")
+    site = load_site(file)
+    cohort, word = own_cohort(site, world.study), site_word(home.signing_key(), site)
+    signed_ = consent.approve(
+        home, world.study, Reading(cohort.digest, 0, word, evaluates=True), 30
+    )
+    assert signed_.cases == 0
+    verdict = consent.verdict(home, world.study.digest, site)
+    assert verdict.startswith("approved for evaluation only until")
+    there = ["--site", str(file), "--state", str(home.folder)]
+    shown = CliRunner().invoke(app, ["show", "tiny", *there]).output
+    assert "This hospital only evaluates" in shown
+    assert "the change of the model's weights" not in shown
+    assert answer(world.find(), prepare(world)).evaluates
+    # Taking the key away would train on what was approved for evaluation.
+    file.write_text(file.read_text().replace("true", "false"))
+    with pytest.raises(PolicyRefused, match=r"site\.toml has changed"):
+        world.find()
+
+
 def test_a_withdrawal_holds_at_the_next_message(world: World) -> None:
     world.approve()
     world.find()
