@@ -103,7 +103,6 @@ def _study(named: str, state: Path) -> Study:
     """A study's file, or a study that the coordinator has published. Raises ConfigError."""
     from medfl.common.study import load_study
     from medfl.strategies.catalogue import study_faults
-    from medfl.strategies.rehearsal import misfits
 
     file = Path(named)
     if file.suffix != ".toml" and not file.exists():
@@ -118,7 +117,7 @@ def _study(named: str, state: Path) -> Study:
             f"{home.folder}, knows no published study"
         )
     agreed = load_study(file)
-    if faults := study_faults(agreed) or misfits(agreed):
+    if faults := study_faults(agreed):
         raise ConfigError([f"{named}: {fault}" for fault in faults])
     return agreed
 
