@@ -162,7 +162,8 @@ def _answered(hospital: Hospital, asked: Instruction, started: float) -> Reply:
     reply = replace(
         reply,
         round=asked.round,
-        seconds=time.monotonic() - started,
+        # A private hospital's depend on who was drawn; to the network they show as they are.
+        seconds=time.monotonic() - started if hospital.terms is None else 0.0,
         cohort=hospital.cohort.digest if hospital.terms is None else "",
         metrics=rounded(reply.metrics, hospital.policy.round_metrics_to),
         loss=_told_loss(hospital, reply.loss),
