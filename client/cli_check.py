@@ -133,7 +133,8 @@ def _check_data(
     from medfl.client.data.check import check_with_cohort, describe
     from medfl.common.site import load_site
 
-    checked = check_with_cohort(load_site(site), agreed, n_jobs=jobs)
+    details = left_out is not None
+    checked = check_with_cohort(load_site(site), agreed, n_jobs=jobs, details=details)
     if html is not None:
         from medfl.client.data.check_page import page
 
@@ -153,8 +154,8 @@ def _as_csv(cohort: Cohort) -> str:
 
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(["case", "reason", "detail"])
-    writer.writerows([q.case_id, q.reason, q.detail] for q in cohort.quarantined)
+    writer.writerow(["case", "reason", "detail", "step"])
+    writer.writerows([q.case_id, q.reason, q.detail, q.step] for q in cohort.quarantined)
     return buffer.getvalue()
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Split = Literal["train", "validation", "test"]
+Step = Literal["listing", "matching", "reading"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class CaseRef:
     size: spatial shape from the header where that is cheap, else ().
     orientation: of NIfTI voxels whose header gives none, as the site declares it, else "".
     respelled: its line of the table was found only because "1.0" counts as "1".
+    two_places: its NIfTI header's qform and sform do not say the same place.
     """
 
     case_id: str
@@ -35,6 +37,7 @@ class CaseRef:
     size: tuple[int, ...] = ()
     orientation: str = ""
     respelled: bool = False
+    two_places: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +83,16 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """One case left out, with the reason's key in `medfl.client.data.reasons`."""
+    """One case left out, with the reason's key in `medfl.client.data.reasons`.
+
+    step: where that was seen: listing the files, matching them with the table, labels and masks,
+    or reading their content.
+    """
 
     case_id: str
     reason: str
     detail: str = ""
+    step: Step = "listing"
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,9 +108,11 @@ def check(site: Site, study: Study) -> CheckResult:
     return check_with_cohort(site, study).result
 
 
-def check_with_cohort(site: Site, study: Study, *, n_jobs: int | None = None) -> Checked:
-    """`check`, with the cohort that was built for it."""
-    examined = own.examined(site, study, n_jobs)
+def check_with_cohort(
+    site: Site, study: Study, *, n_jobs: int | None = None, details: bool = False
+) -> Checked:
+    """`check`, with the cohort that was built for it. details: as `examine`."""
+    examined = own.examined(site, study, n_jobs, details)
     policy = _policy_faults(site, study, examined.cohort)
     listed = explained(examined.cohort.quarantined)  # is said by the list of what is left out
     faults = (*(f for f in examined.faults if f != listed), *policy)

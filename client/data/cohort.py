@@ -138,8 +138,11 @@ def examine(
     n_jobs: int = 1,
     durable: bool = True,
     test_only: bool = False,
+    details: bool = False,
 ) -> Examined:
     """`build_cohort` that collects what is wrong instead of stopping at it.
+
+    details: also of left-out cases whose picture is in the cache, for the hospital's own eyes.
 
     Raises DataError only where nothing can be listed, StorageError as `build_cohort`.
     """
@@ -155,19 +158,48 @@ def examine(
     by = site_key if order is None else order
     ordered = sorted(candidates, key=lambda c: hashed(by, "case", c.ref.case_id))
     stored = _pictures(ordered, source, study, cache, n_jobs, durable)
-    usable = []
+    usable, read = [], []
     for candidate, entry in zip(ordered, stored.entries, strict=True):
         if entry.reason:
-            faulty.append(Quarantined(candidate.ref.case_id, entry.reason, entry.detail))
+            told = entry.detail or (_detail(candidate, entry, source, study) if details else "")
+            read.append(Quarantined(candidate.ref.case_id, entry.reason, told, step="reading"))
         else:
             usable.append((candidate, entry.facts))
-    quarantined = (*found.quarantined, *faulty)
+    matched = (replace(q, step="matching") for q in faulty)
+    quarantined = (*found.quarantined, *matched, *read)
     cohort, faults = _assembled(usable, stored, quarantined, study, site_key, test_only)
     facts = tuple(f for _, f in usable)
-    notes = (*notes_on(cohort, study), *spelling_notes(found.cases, source, study))
+    notes = (
+        *notes_on(cohort, study),
+        *spelling_notes(found.cases, source, study),
+        *_place_notes([candidate.ref for candidate, _ in usable]),
+    )
     if faults and cohort.quarantined:
         faults.append(explained(cohort.quarantined))
     return Examined(cohort, found.cases, facts, tuple(faults), notes)
+
+
+def _place_notes(usable: Sequence[CaseRef]) -> tuple[str, ...]:
+    n = sum(ref.two_places for ref in usable)
+    if not n:
+        return ()
+    return (
+        f"{n} NIfTI files say two places: their qform and sform differ by more than a voxel, "
+        "perhaps in left and right. The sform is used, as most programs do; look at some.",
+    )
+
+
+def _detail(candidate: Candidate, entry: store.Entry, source: DataSource, study: Study) -> str:
+    """Why a picture is left out, in more than a word: the cache has no details, which may name a
+    file, so that the picture is read once more."""
+    if entry.reason == "duplicate":
+        return "shows the same as another case"
+    try:
+        _load(candidate.ref, READERS[source.format], study)
+    except Exception as error:  # noqa: BLE001  it is left out for this
+        again = case_error(error)
+        return again.detail if again.reason == entry.reason else ""
+    return ""
 
 
 def _without(found: Found, withdrawn: Withdrawn) -> Found:

@@ -25,13 +25,15 @@ def own_cohort(site: Site, study: Study) -> Cohort:
     return build_cohort(source, study, n_jobs=cores(), **_own(site))
 
 
-def examined(site: Site, study: Study, n_jobs: int | None = None) -> Examined:
+def examined(
+    site: Site, study: Study, n_jobs: int | None = None, details: bool = False
+) -> Examined:
     """`own_cohort` that collects what is wrong instead of stopping at it.
 
-    n_jobs: cases prepared at the same time; None: one a core.
+    n_jobs: cases prepared at the same time; None: one a core. details: as `examine`.
     """
     source = site.of_study(study.name).source
-    return examine(source, study, n_jobs=n_jobs or cores(), **_own(site))
+    return examine(source, study, n_jobs=n_jobs or cores(), details=details, **_own(site))
 
 
 def cores() -> int:

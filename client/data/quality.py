@@ -8,16 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from medfl.client.data.cases import Cohort, Quarantined
-from medfl.client.data.reasons import BLOCKING, KEPT, NOT_FAULTY, REASONS
+from medfl.client.data.reasons import KEPT, NOT_FAULTY, REASONS
 from medfl.common.study import Study
 
 
 def quality_faults(usable: int, quarantined: Sequence[Quarantined], study: Study) -> list[str]:
     """What the study's [quality] table refuses, one message each; `explained` has the remedies."""
     counts = Counter(q.reason for q in quarantined)
-    faults = [
-        f"{counts[r]} cases block the study. {REASONS[r]}" for r in sorted(BLOCKING & {*counts})
-    ]
+    faults = []
     faulty = sum(n for reason, n in counts.items() if reason not in NOT_FAULTY)
     limit = study.quality.max_quarantined
     if faulty > limit * (usable + faulty):

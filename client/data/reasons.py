@@ -152,9 +152,6 @@ NOT_FAULTY = frozenset(
     {"incomplete_record", "not_in_table", "not_an_image", "other_file", "mask_alone", "withdrawn"}
 )
 
-# The hospital must look before anything is trained, however few there are.
-BLOCKING = frozenset({"uid_conflict"})
-
 
 def sentence(reason: str) -> str:
     """The reason in words, and that nothing happens to the file."""

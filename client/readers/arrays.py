@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medfl.client.data.cases import CaseRef, Found, Picture
+from medfl.client.data.cases import CaseRef, Found, Picture, Quarantined
 from medfl.common.errors import CaseError, DataError
 from medfl.common.source import DataSource
 from medfl.common.study import Study
@@ -25,14 +25,26 @@ Array = NDArray[np.generic]
 
 
 def find_medmnist(source: DataSource, study: Study) -> Found:
-    """The cases of one .npz or of every .npz in a folder, in the files' own order.
+    """The cases of one .npz or of every .npz in a folder, in the files' own order; of several, one
+    that cannot be used is set aside.
 
     Where no file has a test part, the validation part counts as the test part.
     """
     files = sorted(source.path.glob("*.npz")) if source.path.is_dir() else [source.path]
     if not files:
         raise DataError("The folder has no .npz file. Check `path` in site.toml.")
-    content = [(file, _load_npz(file)) for file in files]
+    content, faulty = [], []
+    for file in files:
+        try:
+            arrays = _load_npz(file)
+            for part, _ in _PARTS:
+                if f"{part}_images" in arrays:
+                    _labels(arrays.get(f"{part}_labels"), len(arrays[f"{part}_images"]), study)
+            content.append((file, arrays))
+        except DataError as error:
+            if len(files) == 1:
+                raise
+            faulty.append(Quarantined(file.name, "unreadable", str(error)))
     has_test = any("test_images" in arrays for _, arrays in content)
     cases: list[CaseRef] = []
     for file, arrays in content:
@@ -51,7 +63,7 @@ def find_medmnist(source: DataSource, study: Study) -> Found:
                     CaseRef(case_id, case_id, files_of_case, index=start + i, fields=fields)
                 )
             start += count
-    return Found(tuple(cases))
+    return Found(tuple(cases), tuple(faulty))
 
 
 def _labels(labels: Array | None, count: int, study: Study) -> list[dict[str, str]]:

@@ -162,7 +162,8 @@ def _headers(paths: Sequence[Path]) -> list[dict[str, Any]]:
 def _without_copies(
     items: Sequence[Item], dimensions: int
 ) -> tuple[list[Item], list[Quarantined], dict[Path, list[Path]]]:
-    """Copies of an instance are passed over; two contents under one UID set both aside.
+    """Copies of an instance are passed over; two contents under one UID set both aside, in 3-D
+    with all of their series: without a slice they would look like whole ones.
 
     A series that was copied as a whole is reported as one copy, not as one a slice. The third
     value says where the copies of a kept file lie, for a table may name those.
@@ -171,18 +172,23 @@ def _without_copies(
     for item in items:
         by_uid[item.header["instance"]].append(item)
     kept: list[Item] = []
-    aside: list[Quarantined] = []
     copied: set[str] = set()
     copies: dict[Path, list[Path]] = {}
+    torn: dict[str, str] = {}
     for uid, same in by_uid.items():
         contents = _contents([item.path for item in same])
         if len(contents) > 1:
-            aside.append(Quarantined(uid, "uid_conflict", f"{len(contents)} different files"))
+            detail = f"{len(contents)} different files have the instance {uid}"
+            torn |= {i.header["series"] if dimensions == 3 else uid: detail for i in same}
             continue
         if len(same) > 1:
             copied.add(uid if dimensions == 2 else same[0].header["series"])
             copies[same[0].path] = [item.path for item in same[1:]]
         kept.append(same[0])
+    if dimensions == 3:
+        kept = [item for item in kept if item.header["series"] not in torn]
+        copied -= torn.keys()
+    aside = [Quarantined(name, "uid_conflict", detail) for name, detail in sorted(torn.items())]
     return kept, [*aside, *(Quarantined(n, "duplicate") for n in sorted(copied))], copies
 
 

@@ -6,6 +6,7 @@ import os
 import resource
 import struct
 import sys
+import traceback
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from medfl.client.readers.dicom_safety import check_depth, check_pixels, check_s
 from medfl.client.readers.sandbox import encode, read_request
 from medfl.common.errors import CaseError
 
-# What damaged files make pydicom and its decoders raise; anything else ends this process.
+# What damaged files make pydicom and its decoders raise; anything else is told as unforeseen.
 _PARSE = (
     OSError,
     EOFError,
@@ -86,7 +87,16 @@ def headers(request: dict[str, Any]) -> tuple[dict[str, Any], None]:
         except CaseError as error:
             series = _series(Path(name))
             found.append({"reason": error.reason, "detail": error.detail, "series": series})
+        except Exception as error:  # noqa: BLE001  one bad file costs its case
+            found.append({**_unforeseen(error), "series": _series(Path(name))})
     return {"headers": found}, None
+
+
+def _unforeseen(error: Exception) -> dict[str, Any]:
+    """What no reader thought of; the place is for whoever mends the reader, and names no file."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    detail = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}"
+    return {"reason": "reading_failed", "detail": detail}
 
 
 def _series(path: Path) -> str:
@@ -95,7 +105,7 @@ def _series(path: Path) -> str:
         check_start(path)
         found = dcmread(path, stop_before_pixels=True, specific_tags=["SeriesInstanceUID"])
         return str(found.get("SeriesInstanceUID") or "")
-    except (CaseError, RecursionError, MemoryError, InvalidDicomError, *_PARSE):
+    except Exception:  # noqa: BLE001  then it does not say
         return ""
 
 
@@ -204,6 +214,10 @@ def main() -> int:
             answer = encode(*_COMMANDS[request["command"]](request))
         except CaseError as error:
             answer = encode({"reason": error.reason, "detail": error.detail})
+        except MemoryError:
+            answer = encode({"reason": "dicom_worker", "detail": "not enough memory"})
+        except Exception as error:  # noqa: BLE001  else the parent would speak of memory or time
+            answer = encode(_unforeseen(error))
         out.write(answer)
         out.flush()
     return 0

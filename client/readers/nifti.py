@@ -98,7 +98,8 @@ def _with_sizes(found: Found) -> Found:
     for ref in found.cases:
         try:
             header: Any = _open(ref.files[0])
-            cases.append(replace(ref, size=tuple(int(n) for n in header.shape[:3])))
+            size = tuple(int(n) for n in header.shape[:3])
+            cases.append(replace(ref, size=size, two_places=_two_places(header)))
         except CaseError as error:
             faulty.append(Quarantined(ref.case_id, error.reason, error.detail))
     return Found(tuple(cases), tuple(faulty))
@@ -184,6 +185,18 @@ def _affine(volume: Any, declared: str) -> NDArray[np.float64]:
         raise CaseError("no_affine", "qform_code and sform_code are 0")
     affine[:3] *= unit
     return affine
+
+
+def _two_places(volume: Any) -> bool:
+    """Whether qform and sform both say a place, and corners of the volume are a voxel apart."""
+    header = volume.header
+    sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
+    if sform is None or qform is None:
+        return False
+    ends = np.array(np.meshgrid(*((0, n - 1) for n in (*volume.shape, 1, 1)[:3]))).reshape(3, -1)
+    apart = (sform - qform)[:3, :3] @ ends + (sform - qform)[:3, 3:]
+    voxel = np.linalg.norm(sform[:3, :3], axis=0).max()
+    return bool(np.linalg.norm(apart, axis=0).max() > max(float(voxel), 1e-6))
 
 
 def _channels_first(array: NDArray[np.generic]) -> NDArray[np.generic]:

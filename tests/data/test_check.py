@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import subprocess
@@ -170,11 +171,57 @@ def test_the_page_escapes_what_hospitals_write(hospital: Path) -> None:
 
 def test_the_list_of_left_out_cases_is_for_the_hospital_only(hospital: Path) -> None:
     path = hospital / "left.csv"
-    assert main(command(hospital, "--left-out", str(path))) == 0
-    lines = path.read_text().splitlines()
-    assert lines[0] == "case,reason,detail"
-    assert lines[1].startswith("Jones,unreadable")
-    assert path.stat().st_mode & 0o077 == 0
+    for _ in range(2):  # the second time from the cache, which keeps no detail
+        assert main(command(hospital, "--left-out", str(path))) == 0
+        lines = path.read_text().splitlines()
+        assert lines[0] == "case,reason,detail,step"
+        assert lines[1].startswith("Jones,unreadable,")
+        assert lines[1].endswith(",listing")
+        assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_picture_left_out_while_it_was_read_has_its_detail_also_from_the_cache(
+    tmp_path: Path,
+) -> None:
+    """As it was: the reason alone, since the cache holds no detail."""
+    (tmp_path / "pictures").mkdir()
+    draw = np.random.default_rng(1)
+    names = [f"{i}.png" for i in range(8)]
+    for name in names:
+        pixels = draw.integers(0, 255, (9, 9)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / name)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "pictures" / "1.png")
+    content = (tmp_path / "pictures" / "2.png").read_bytes()
+    (tmp_path / "pictures" / "2.png").write_bytes(content[:60])
+    rows = [f"{n},{'yes' if i % 2 else 'no'}" for i, n in enumerate(names)]
+    rows[4] = "4.png,perhaps"
+    (tmp_path / "t.csv").write_text("\n".join(["image,label", *rows]))
+    (tmp_path / "site.toml").write_text(
+        'name = "n"\n[data]\nformat = "image"\npath = "pictures"\ntable = "t.csv"\n'
+    )
+    (tmp_path / "study.toml").write_text(
+        'name = "s"\n[task]\nkind = "classification"\nclasses = ["no", "yes"]\n'
+        '[image]\ndimensions = 2\nsize = [9, 9]\n[model]\nname = "cnn"\n'
+        "[training]\nlocal_steps = 1\n[federation]\nrounds = 1\n"
+        "[quality]\nmax_quarantined = 0.9\n"
+    )
+    where = tmp_path / "left.csv"
+    told = []
+    for _ in range(2):
+        main(
+            [
+                *("check", str(tmp_path / "site.toml"), "--study", str(tmp_path / "study.toml")),
+                *("--left-out", str(where)),
+            ]
+        )
+        rows_told = csv.DictReader(where.read_text().splitlines())
+        told.append({row["case"]: row for row in rows_told})
+    assert told[0] == told[1]
+    steps = {name: (row["reason"], row["step"]) for name, row in told[0].items()}
+    assert steps["2.png"] == ("unreadable", "reading")
+    assert steps["4.png"] == ("label_unknown", "matching")
+    assert told[0]["2.png"]["detail"]
+    assert "perhaps" in told[0]["4.png"]["detail"]
 
 
 def test_a_page_that_cannot_be_written_is_exit_code_7(hospital: Path) -> None:

@@ -349,6 +349,24 @@ def test_medmnist_without_a_test_part_tests_on_val(tmp_path: Path, study: Studie
     assert len(cohort.positions("validation")) > 3
 
 
+@pytest.mark.parametrize("bad", ["cut", "labels"])
+def test_one_bad_file_of_several_costs_itself(tmp_path: Path, study: Studies, bad: str) -> None:
+    """As it was: the whole folder."""
+    medmnist(tmp_path / "a.npz", {"train": 30})
+    medmnist(tmp_path / "b.npz", {"train": 30}, labels=3 if bad == "labels" else 1)
+    if bad == "cut":
+        (tmp_path / "b.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:300])
+    rule = study(image=ImageInput(dimensions=2, size=[4, 4]), quality=LENIENT)
+    source = DataSource(format="medmnist", path=tmp_path)
+    cohort = build_cohort(source, rule, cache=None)
+    assert len(cohort.cases) == 30
+    (left_out,) = cohort.quarantined
+    assert (left_out.case_id, left_out.reason) == ("b.npz", "unreadable")
+    assert ("3 labels" if bad == "labels" else "cannot be read as .npz") in left_out.detail
+    with pytest.raises(DataError):
+        build_cohort(replace(source, path=tmp_path / "b.npz"), rule, cache=None)
+
+
 def test_several_findings_at_once(tmp_path: Path, study: Studies) -> None:
     medmnist(tmp_path / "a.npz", {"train": 30}, labels=3)
     image = ImageInput(dimensions=2, size=[4, 4])

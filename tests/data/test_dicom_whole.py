@@ -12,7 +12,7 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import ImplicitVRLittleEndian, generate_uid
 
-from medfl.client.readers import dicom
+from medfl.client.readers import dicom, dicom_worker
 from medfl.client.readers.dicom_broken import Broken, series_without_slices
 from medfl.common.errors import CaseError
 from medfl.common.source import DataSource
@@ -140,6 +140,42 @@ def test_an_image_exported_again_in_another_syntax_is_a_copy(
     again.PixelData = bytes(len(again.PixelData))
     again.save_as(tmp_path / "again" / "x", implicit_vr=True, little_endian=True)
     assert "uid_conflict" in [reason for _, reason in found(tmp_path, volumes)[1]]
+
+
+def test_a_reused_uid_costs_the_series_that_have_it_and_no_other(
+    tmp_path: Path, dicom_slice: Make, save: Save, volumes: Study
+) -> None:
+    """As it was: the whole hospital, and in 3-D the rest of the series would have passed."""
+    for uid in ("1.2.3", "1.2.4", "1.2.5"):
+        series(tmp_path / uid, dicom_slice, save, uid=uid)
+    name = dcmread(tmp_path / "1.2.3" / "IM0003").SOPInstanceUID
+    last = dcmread(tmp_path / "1.2.4" / "IM0003")
+    last.SOPInstanceUID = last.file_meta.MediaStorageSOPInstanceUID = name
+    last.PixelData = bytes(len(last.PixelData))
+    last.save_as(tmp_path / "1.2.4" / "IM0003")
+    cases, aside = found(tmp_path, volumes)
+    assert [(case.case_id, len(case.files)) for case in cases] == [("1.2.5", 4)]
+    assert aside == [("1.2.3", "uid_conflict"), ("1.2.4", "uid_conflict")]
+
+
+def test_what_no_reader_thought_of_costs_one_file_and_is_not_told_as_memory(
+    tmp_path: Path, dicom_slice: Make, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    series(tmp_path, dicom_slice, save, count=2)
+    whole = dicom_worker._header
+
+    def spoiled(path: Path) -> dict[str, Any]:
+        if path.name == "IM0001":
+            raise ZeroDivisionError("with a patient's name")
+        return whole(path)
+
+    monkeypatch.setattr(dicom_worker, "_header", spoiled)
+    files = [str(tmp_path / f"IM000{k}") for k in (0, 1)]
+    good, bad = dicom_worker.headers({"files": files})[0]["headers"]
+    assert good["instance"]
+    assert bad["reason"] == "reading_failed"
+    assert bad["detail"].startswith("ZeroDivisionError in test_dicom_whole.py, line ")
+    assert bad["series"] == "1.2.3"
 
 
 def test_a_slice_that_lies_twice_in_its_series_under_two_uids_counts_once(

@@ -163,6 +163,33 @@ def test_a_tilted_dicom_series_is_left_out(
     assert [q.reason for q in examined.cohort.quarantined] == ["sheared"]
 
 
+def test_a_nifti_that_says_two_places_is_used_by_its_sform_and_told(
+    tmp_path: Path, study: Studies
+) -> None:
+    """The qform of `b` has left and right turned; that of `c` is half a voxel away."""
+    array = np.zeros((4, 4, 4), dtype=np.float32)
+    array[3, 0, 0] = 9
+    for name, qform in (
+        ("a", np.eye(4)),
+        ("b", np.diag([-1.0, 1, 1, 1])),
+        ("c", np.eye(4) + 0.5 * np.eye(4, k=3)),
+    ):
+        image = nibabel.Nifti1Image(array, np.eye(4))
+        image.set_sform(np.eye(4), 2)
+        image.set_qform(qform, 1)
+        nibabel.save(image, tmp_path / f"{name}.nii.gz")
+        array = array + 1  # another picture
+    (tmp_path / "t.csv").write_text("image,label\na.nii.gz,yes\nb.nii.gz,no\nc.nii.gz,no\n")
+    rule = study(image=ImageInput(dimensions=3, size=[4, 4, 4], intensity="none"))
+    source = DataSource(format="nifti", path=tmp_path, table=tmp_path / "t.csv")
+    examined = examine(source, rule, cache=None)
+    assert len(examined.cohort.cases) == 3
+    for volume_ in examined.cohort.inputs:
+        assert np.unravel_index(int(np.argmax(volume_[0])), (4, 4, 4)) == (3, 0, 0)
+    (note,) = [n for n in examined.notes if "qform" in n]
+    assert note.startswith("1 NIfTI files say two places")
+
+
 def test_a_nifti_without_place_is_used_only_as_the_site_declares(
     tmp_path: Path, study: Studies
 ) -> None:
