@@ -28,7 +28,7 @@ from medfl.common.site import Site, load_site
 
 KIND = "medfl-client"
 _REMADE = frozenset({"node", "trainer.log", "status.json"})
-_LAST = ("audit.jsonl", "witnesses.jsonl")
+_WITNESSES = "witnesses.jsonl"
 _LEDGER_FIRST = "ledger.jsonl"
 
 
@@ -52,12 +52,18 @@ def save(home: Home, site_file: Path, out: Path) -> Manifest:
 
 
 def _items(home: Home, site: Site, site_file: Path) -> Iterator[Item]:
-    yield from below(home.folder, "state", _REMADE | frozenset(_LAST))
+    yield from (
+        item
+        for item in below(home.folder, "state", _REMADE | frozenset({_WITNESSES}))
+        if not home.audit.has(item[1])
+    )
     # What a round did stands in the log before its answer goes, and in the ledger before it trains:
     # later copies of both hold all that earlier ones point to.
-    for name in reversed(_LAST):
-        if (home.folder / name).exists():
-            yield f"state/{name}", home.folder / name
+    if home.witnesses.exists():
+        yield f"state/{_WITNESSES}", home.witnesses
+    # A file that is put aside while the others are copied would be missing from the chain.
+    with home.audit.held() as files:
+        yield from ((f"state/{file.name}", file) for file in files)
     # A line of the ledger points to its patients.
     if (site.ledger / _LEDGER_FIRST).exists():
         yield f"ledger/{_LEDGER_FIRST}", site.ledger / _LEDGER_FIRST

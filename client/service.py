@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,11 +85,11 @@ def serve(
     stopping = stopping or threading.Event()
     session, wait_s = secrets.token_hex(16), _FIRST_WAIT_S
     with only_one(home.folder / "client.lock", "medfl-client"), set_by_signals(stopping):
-        home.record("client started")
+        disk = Disk(home.folder, said, stopping)
+        _started(home, disk)
         tell("READY=1")
         for text in enrolment.ending(home):
             said(text)
-        disk = Disk(home.folder, said, stopping)
         while not stopping.is_set():
             started = time.monotonic()
             try:
@@ -108,8 +108,19 @@ def serve(
                 wait_s = _FIRST_WAIT_S if well else min(2 * wait_s, _LONGEST_WAIT_S)
             except StorageError as error:
                 disk.wait_for_room(error)
-        home.record("client stopped")
+        with suppress(StorageError):  # a full disk is no reason not to stop
+            home.record("client stopped")
         _note(home, site_file, "stopped")
+
+
+def _started(home: Home, disk: Disk) -> None:
+    """Write it down, as soon as the disk takes it; nothing is done before."""
+    while not disk.stopping.is_set():
+        try:
+            home.record("client started")
+            return
+        except StorageError as error:
+            disk.wait_for_room(error)
 
 
 def _connection(

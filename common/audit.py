@@ -17,8 +17,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -101,6 +103,28 @@ class AuditLog:
                     return _write(file, head, "recovered", {"bytes": torn}) if torn else head
         except OSError as error:
             raise StorageError(f"{self.path}: cannot be read ({error.strerror})") from None
+
+    @contextmanager
+    def held(self) -> Iterator[list[Path]]:
+        """Its files, first line to last; meanwhile nothing is added and no file is put aside.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        try:
+            while files_of(self.path):
+                with self._open() as file:
+                    if self._is_the_end(file):
+                        yield files_of(self.path)
+                        return
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be read ({error.strerror})") from None
+        yield []
+
+    def has(self, file: Path) -> bool:
+        """Whether this is one of its files, as they are named."""
+        aside = re.fullmatch(rf"{re.escape(self.path.stem)}-\d{{12}}\.jsonl", file.name)
+        return file.parent == self.path.parent and (file == self.path or aside is not None)
 
     def hash_at(self, n: int) -> str:
         """The hash that line `n` says it has; "" where there is no such line."""

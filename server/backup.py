@@ -17,12 +17,13 @@ from medfl.common.errors import StorageError
 from medfl.common.private_files import write_private
 from medfl.server import authority, heads
 from medfl.server.federation import Federation
+from medfl.server.runs import UNCONFIRMED
 from medfl.server.settings import open_federation
 
 KIND = "medfl-server"
 # The SuperLink's database holds messages of rounds that nobody waits for any more.
 _REMADE = frozenset({"engine/superlink.db", "engine/superlink.log", "engine/flwr"})
-_LAST = ("audit.jsonl", "witnesses.jsonl")
+_WITNESSES = "witnesses.jsonl"
 
 
 def save(federation: Federation, out: Path) -> Manifest:
@@ -38,12 +39,15 @@ def save(federation: Federation, out: Path) -> Manifest:
 def _items(federation: Federation) -> Iterator[Item]:
     """Nothing is done that the log does not hold: so the log comes last."""
     folder = federation.folder
-    leave = _REMADE | frozenset(_LAST)
+    leave = _REMADE | {_WITNESSES}
     database = frozenset(p.name for p in (folder / "engine").glob("superlink.db*"))
-    yield from below(folder, "fed", leave | {f"engine/{name}" for name in database})
-    for name in reversed(_LAST):
-        if (folder / name).exists():
-            yield f"fed/{name}", folder / name
+    leave |= {f"engine/{name}" for name in database}
+    yield from (i for i in below(folder, "fed", leave) if not federation.audit.has(i[1]))
+    if (folder / _WITNESSES).exists():
+        yield f"fed/{_WITNESSES}", folder / _WITNESSES
+    # A file that is put aside while the others are copied would be missing from the chain.
+    with federation.audit.held() as files:
+        yield from ((f"fed/{file.name}", file) for file in files)
 
 
 def restore(path: Path, folder: Path) -> tuple[Backup, Federation]:
@@ -73,8 +77,8 @@ def unconfirmed(federation: Federation) -> list[str]:
         return []
     return [
         f"This state was put back from a backup of {made}: revocations and used tokens since then "
-        "are not in it. Compare `medfl-server sites` with your notes, revoke again who was, "
-        "then: medfl-server confirm-restore"
+        "are not in it, and no run starts. Compare `medfl-server sites` with your notes, revoke "
+        "again who was, then: medfl-server confirm-restore"
     ]
 
 
@@ -88,4 +92,4 @@ def confirm(federation: Federation) -> bool:
 
 
 def _unconfirmed(federation: Federation) -> Path:
-    return federation.state / "unconfirmed"
+    return federation.state / UNCONFIRMED

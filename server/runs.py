@@ -31,6 +31,8 @@ from medfl.server.federation import Federation
 from medfl.server.records import RoundRecord
 
 State = Literal["waiting", "running", "done", "failed", "stopped", "paused"]
+# In the state folder: it was put back, and nobody has confirmed who takes part (`backup.py`).
+UNCONFIRMED = "unconfirmed"
 # Nothing more happens by itself.
 OVER = ("done", "failed", "stopped", "paused")
 
@@ -129,6 +131,11 @@ def queued_behind(federation: Federation, run: Run) -> str:
     """What a waiting run waits for before its turn comes; "" where it is its turn."""
     if run.state != "waiting":
         return ""
+    if (federation.state / UNCONFIRMED).exists():
+        return (
+            "this state was put back from a backup; nothing runs until somebody has compared "
+            "the hospitals and said: medfl-server confirm-restore"
+        )
     before = [r for r in everything(federation) if r.state not in OVER and r.id != run.id]
     running = [r for r in before if r.state == "running" or r.created < run.created]
     if not running:

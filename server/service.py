@@ -94,6 +94,8 @@ def _work(
     while not stopping.wait(_LOOK_S):
         try:
             queue = [r for r in runs.everything(federation) if r.state == "waiting"]
+            if backup.unconfirmed(federation):
+                continue  # a hospital may have been revoked since, and nobody would know
             for run in queue[:1]:
                 _supervised(federation, engine, run, stopping, connect_s)
         except Exception:

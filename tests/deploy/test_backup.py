@@ -198,6 +198,7 @@ def test_both_sides_are_put_back_from_backups_and_go_on(world: World) -> None:
     assert restored["sites"] == ["north"]
     server = world.start("server", "start", says="listening on")
     world.hears(client, "log of the coordinator had")
+    world.done("server", "confirm-restore")  # until then no run starts
     held = world.done("server", "run", "tiny", "--wait", "3", code=6)
     assert "0 of the 1 sites" in held.stdout
     world.done("client", "accept-log", *state)

@@ -18,7 +18,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 from typer.testing import CliRunner
 
-from medfl.client import approved, consent, refusals
+from medfl.client import approved, consent, refusals, service
 from medfl.client.approved import Approved
 from medfl.client.book import Book
 from medfl.client.cli import app
@@ -330,6 +330,25 @@ def test_a_full_disk_is_told_and_waited_for_and_a_damaged_file_is_not(tmp_path: 
         Disk(tmp_path, hear, stopping).wait_for_room(StorageError("x.json: is damaged"))
     assert is_full(tmp_path, needed=2**62)
     assert not is_full(tmp_path, needed=0)
+
+
+def test_a_disk_that_is_full_at_the_very_start_is_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it was: the client ended, and went on only when somebody looked."""
+    home, said, tries = world.finder.home, list[str](), [1, 1]
+    record = Home.record
+
+    def full(self: Home, what: str, **about: Any) -> None:
+        if what == "client started" and tries:
+            tries.pop()
+            raise StorageError("audit.jsonl: cannot be written (No space left on device)")
+        record(self, what, **about)
+
+    monkeypatch.setattr(Home, "record", full)
+    service._started(home, Disk(home.folder, said.append, threading.Event(), pause_s=0.01))
+    assert [line["what"] for line in home.audit.lines()][-1] == "client started"
+    assert sum("is full" in text for text in said) == 2
 
 
 def test_a_hospital_signs_as_enrolled_and_knows_the_keys_that_are_pinned_and_approved(
