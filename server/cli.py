@@ -178,6 +178,7 @@ def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
     federation, settings = _opened(folder)
     pid, checked = service.running_pid(federation), heads.check(federation)
     open_runs = [r for r in runs.everything(federation) if r.state not in runs.OVER]
+    against = {r.id: _against_the_rest(federation, r) for r in open_runs}
     days = (certificates.ends_at(federation.gateway()[1]) - federation.clock()) / 86400
     names = [p.name for p in studies.published(federation)]
     put_back = backup.unconfirmed(federation)
@@ -190,6 +191,7 @@ def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
         "studies": names,
         "runs": {r.id: r.state for r in open_runs},
         "missing": {r.id: list(r.missing) for r in open_runs},
+        "against_the_rest": against,
         "certificate_days": round(days, 1),
         "fingerprint": authority.authority_fingerprint(federation),
         "audit": "whole" if checked.bad is None else f"line {checked.bad.n} {checked.bad.why}",
@@ -201,6 +203,7 @@ def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
         *put_back,
         f"{plain['sites']} sites; studies: {', '.join(names) or 'none'}.",
         *(_stands(federation, r) for r in open_runs),
+        *(f"{r.id}: {text}" for r in open_runs for text in against[r.id]),
         f"Audit log: {plain['audit']}.",
         "Next: medfl-server sites, runs or log"
         if pid
@@ -371,6 +374,20 @@ def _opened(folder: Path) -> tuple[Federation, Any]:
     from medfl.server.settings import load_settings, open_federation
 
     return open_federation(folder), load_settings(folder)
+
+
+def _against_the_rest(federation: Federation, run: Run) -> list[str]:
+    """Hospitals whose updates pull against the others' so far."""
+    from medfl.common import study_text
+    from medfl.server import runs, studies
+
+    published = [p for p in studies.ever_published(federation) if p.digest == run.digest]
+    if run.state != "running" or not published:
+        return []
+    from medfl.server.report.updates import against_so_far  # draws figures elsewhere: slow
+
+    strategy = study_text.from_text(published[0].study).federation.strategy
+    return against_so_far(runs.progress(federation, run.id), strategy)
 
 
 def _stands(federation: Federation, run: Run) -> str:

@@ -123,3 +123,24 @@ def test_a_checkpoint_under_another_rounds_name_is_set_aside(
     (folder / "checkpoint-00006.safetensors").rename(folder / "checkpoint-00009.safetensors")
     assert checkpoints.last() is None
     assert (folder / "checkpoint-00009.damaged").exists()
+
+
+def test_status_names_a_hospital_that_pulls_against_the_others_while_the_run_goes_on(
+    world: tuple[Federation, Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it was: only the report said so, when all was over."""
+    federation, run = world
+    folder = ["--folder", str(federation.folder)]
+    assert main(["status", *folder]) == 0
+    assert "against the others" not in capsys.readouterr().out
+    for number in range(7, 10):
+        told = record(number, 0.1)
+        sites = [
+            {**told.sites[0], "name": name, "length": 1.0, "cosine": cosine}
+            for name, cosine in (("a", 0.7), ("b", 0.8), ("c", -0.6))
+        ]
+        runs.add_round(federation, run.id, replace(told, sites=sites))
+    assert main(["status", *folder]) == 0
+    said = capsys.readouterr().out
+    assert f"{run.id}: c pulls against the others: over 3 rounds" in said
+    assert "a robust strategy" in said
