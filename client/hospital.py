@@ -26,11 +26,12 @@ from medfl.client.ledger import Entry, Ledger
 from medfl.client.outgoing import outgoing
 from medfl.client.released import withheld
 from medfl.client.secure_site import Identity
-from medfl.client.small_counts import holders, without_small
+from medfl.client.small_counts import fewest_of_a_class, holders, without_small
 from medfl.client.training.plan import TrainPlan
 from medfl.common import tensors
 from medfl.common.errors import PolicyRefused
 from medfl.common.messages import Instruction, Metrics, Part, Reply, pack
+from medfl.common.metrics import OF_CLASSES
 from medfl.common.packing import pack_exactly
 from medfl.common.records import columns
 from medfl.common.seeds import derive
@@ -410,7 +411,23 @@ def _evaluated_part(
         hospital.ledger.settle(entry)
     few = len(set(hospital.patients(part))) < hospital.smallest_count
     # Whether priced metrics are there must not tell how many patients are: their noise covers few.
-    return {} if summary is withheld or (few and hospital.terms is None) else metrics
+    if summary is withheld or (few and hospital.terms is None):
+        return {}
+    return (
+        metrics if hospital.terms is not None else _without_shares_of_few(hospital, part, metrics)
+    )
+
+
+def _without_shares_of_few(hospital: Hospital, part: Part, metrics: Metrics) -> Metrics:
+    """No share of a class that few patients of the part have; undefined, as where none has it."""
+    study, places = hospital.study, hospital.cohort.positions(part)
+    if study.task.kind == "segmentation" or not len(places):
+        return metrics
+    targets = np.asarray(hospital.cohort.targets)[places]
+    fewest = fewest_of_a_class(study.task, targets, hospital.patients(part))
+    if not 0 < fewest < hospital.smallest_count:
+        return metrics
+    return {name: None if name in OF_CLASSES else value for name, value in metrics.items()}
 
 
 def _received(

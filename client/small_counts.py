@@ -13,10 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from medfl.client.data.cases import Cohort
 from medfl.common.codes import level
 from medfl.common.statistics import LocalStatistics, Moments
-from medfl.common.study import Study
+from medfl.common.study import Study, Task
 
 K = TypeVar("K")
 
@@ -43,6 +46,22 @@ def holders(study: Study, cohort: Cohort, patients: Sequence[str]) -> Holders:
             pairs = {(level(t), p) for t, p in found}
             levels[feature.name] = dict(Counter(value for value, _ in pairs))
     return Holders(features, levels)
+
+
+def fewest_of_a_class(task: Task, targets: NDArray[np.generic], patients: Sequence[str]) -> int:
+    """Patients of the rarest class that is there, or of a label's rarer side; 0 without cases.
+
+    targets: (N,) class indices, or (N, K) of 0 and 1 for several labels. patients: of each case.
+    """
+    n = len(task.classes)
+    sides = (
+        [targets[:, k] == on for k in range(n) for on in (0, 1)]
+        if task.multi_label
+        else [targets == k for k in range(n)]
+    )
+    names = np.asarray(patients)
+    counts = [len(set(names[side])) for side in sides if side.any()]
+    return min(counts, default=0)
 
 
 def without_small(

@@ -31,6 +31,7 @@ from medfl.common.study import Task
 
 __all__ = [
     "METRICS",
+    "OF_CLASSES",
     "Metric",
     "Scores",
     "better",
@@ -50,6 +51,12 @@ log = logging.getLogger(__name__)
 
 Better = Literal["higher", "lower"]
 Resampled = Callable[[Drawn], NDArray[np.float64]]
+
+# Shares of the cases of single classes, or made of them: over one healthy patient, specificity says
+# what was said of this patient.
+OF_CLASSES = frozenset(
+    "recall specificity precision f1 balanced_accuracy auroc average_precision".split()
+)
 
 # Cases x resamples handled at once, so that a large site's bootstrap stays below some 100 MB.
 _CELLS = 2_000_000

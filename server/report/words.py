@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from medfl.common.errors import ConfigError
-from medfl.common.metrics import better
+from medfl.common.metrics import OF_CLASSES, better
 from medfl.server.report.run import Interval, Outcome, Run, SiteResult
 
 # Below this, a count could point at single patients.
@@ -35,10 +35,6 @@ LABELS = {
     "recall": "Recall (sensitivity)",
     "precision": "Precision",
 }
-# Shares of the cases of single classes, or made of them.
-_OF_CLASSES = frozenset(
-    "recall specificity precision f1 balanced_accuracy auroc average_precision".split()
-)
 DISTANCES = ("hd95", "surface_distance")
 # What the headline speaks of, first one present.
 HEADLINE = {
@@ -115,7 +111,7 @@ def shows_metrics(site: SiteResult, name: str = "") -> bool:
     """
     if site.n_test is not None and site.n_test < SMALL:
         return False
-    return name not in _OF_CLASSES or not 0 < (site.smallest_class or 0) < SMALL
+    return name not in OF_CLASSES or not 0 < (site.smallest_class or 0) < SMALL
 
 
 def epsilon(number: float | None) -> str:

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from medfl.client.data.cases import Case, Cohort
 from medfl.client.hospital import Hospital, answer
-from medfl.client.small_counts import Holders, lifted, without_small
+from medfl.client.small_counts import Holders, fewest_of_a_class, lifted, without_small
 from medfl.common.errors import PolicyRefused
 from medfl.common.messages import Instruction
-from medfl.common.statistics import LocalStatistics, Moments
+from medfl.common.statistics import LocalStatistics, Moments, Shared, statistics_to_plain
 from medfl.common.study import Study
+from medfl.common.tensors import digest
 
 
 def test_what_a_small_number_is_raised_by_comes_from_the_largest() -> None:
@@ -170,3 +171,51 @@ def test_sums_are_told_once_a_cohort_and_not_again_without_a_few(
     ranged = risk_study(record={"scale": "none"})
     here: Any = risk_hospital(ranged, tmp_path, list(range(19)), [0] * 19, simulated=False)
     answer(here, Instruction(kind="prepare", study_digest=ranged.digest, run="m", round=0))
+
+
+def told(hospital: Hospital, study: Study) -> dict[str, float | None]:
+    asked = Instruction(kind="prepare", study_digest=study.digest, run="r", seed=1)
+    answer(hospital, asked)
+    weights = {"1.weight": np.ones((1, 1), np.float32), "1.bias": np.zeros(1, np.float32)}
+    asked = replace(
+        asked, kind="finish", round=1, parts=("validation", "test"), weights=weights,
+        model=digest(weights), shared=statistics_to_plain(Shared()),
+    )  # fmt: skip
+    return dict(answer(hospital, asked).metrics["test"])
+
+
+@pytest.mark.parametrize("n_healthy", [0, 1, 4, 5])
+def test_no_share_of_a_class_that_few_patients_have_leaves(
+    risk_study: Callable[..., Study],
+    risk_hospital: Callable[..., Hospital],
+    tmp_path: Path,
+    n_healthy: int,
+) -> None:
+    """As it was: the specificity of one healthy patient, which is what the model said of them."""
+    names = ["accuracy", "specificity", "recall", "auroc", "brier"]
+    study = risk_study(evaluation={"metrics": names})
+    ys = [0, 1] * 5 + [1] * 20 + [0] * n_healthy
+    parts = ["train"] * 10 + ["test"] * (20 + n_healthy)
+    xs = [float(k % 7) for k in range(len(ys))]
+    site = risk_hospital(study, tmp_path, xs, ys, parts, simulated=False)
+    metrics = told(site, study)
+    shown = {name for name, value in metrics.items() if value is not None}
+    assert {"accuracy", "brier"} <= shown
+    if n_healthy == 0:
+        assert shown == {"accuracy", "brier", "recall"}
+    else:
+        assert (shown == set(names)) == (n_healthy >= 5)
+        assert n_healthy >= 5 or shown == {"accuracy", "brier"}
+
+
+def test_the_rarest_class_counts_patients_and_each_side_of_a_label(
+    risk_study: Callable[..., Study],
+) -> None:
+    task = risk_study().task
+    targets, patients = np.array([0, 0, 0, 1, 1]), ["a", "a", "b", "c", "d"]
+    assert fewest_of_a_class(task, targets, patients) == 2
+    assert fewest_of_a_class(task, targets[:3], patients[:3]) == 2
+    assert fewest_of_a_class(task, targets[:0], []) == 0
+    several = replace(task, classes=["x", "y"], multi_label=True)
+    labels = np.array([[1, 0], [0, 0], [0, 0], [0, 0]])
+    assert fewest_of_a_class(several, labels, ["a", "b", "c", "c"]) == 1
