@@ -26,9 +26,9 @@ class Policy:
     min_sum_sites: under masks, the fewest hospitals (this one counted) whose sum may be seen.
     runs_per_approval: runs of a study that may begin under one approval.
     smallest_count: a number of cases below this does not leave, nor do metrics or sums of so few
-        patients, shares of a class that so few have, or words that so few have; the counts of the prepare exchange are raised to it.
-        Sums are told again only when so many patients have changed. With fewer training patients
-        the site takes no part.
+        patients, shares of a class that so few have, or words that so few have; the counts of the
+        prepare exchange are raised to it. Sums are told again only when so many patients have
+        changed. With fewer training patients the site takes no part.
     evaluate_only: this hospital trains no model: all its cases are test cases, and it is asked at
         the end how the model does on them (external validation). min_cases and smallest_count
         then speak of these.
