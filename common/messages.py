@@ -93,6 +93,7 @@ class Reply:
         `LocalStatistics`, in prepare only. refusal: why the hospital takes no part, "" else.
     secure: plain form of what a step of a secure sum answers.
     evaluates: in prepare: this hospital only evaluates, and is asked nothing but `finish`.
+    answered: what the coordinator writes beside it: seconds from its question to the whole answer.
     delta: local minus global weights. control: change of the site's control variate (SCAFFOLD).
         Both may travel packed (`medfl.common.packing`), or masked together as one array of `delta`.
     """
@@ -114,6 +115,7 @@ class Reply:
     refusal: str = ""
     secure: Mapping[str, Any] = field(default_factory=dict)
     evaluates: bool = False
+    answered: float | None = None
     delta: Tensors = field(default_factory=dict)
     control: Tensors = field(default_factory=dict)
 

@@ -392,10 +392,14 @@ def _against_the_rest(federation: Federation, run: Run) -> list[str]:
 
 def _stands(federation: Federation, run: Run) -> str:
     from medfl.server import runs
+    from medfl.server.records import slowest
 
     named = "; ".join(run.missing)
     without = "waits for" if run.state == "waiting" else "without"
     why = runs.queued_behind(federation, run) or (named and f"{without} {named}")
+    done = runs.progress(federation, run.id)
+    if run.state == "running" and done and (waited := slowest(done[-1])):
+        why = f"{why}; {waited}" if why else waited
     return f"{run.id}: {run.state}, round {run.round} of {run.rounds}{why and f' ({why})'}"
 
 

@@ -302,8 +302,12 @@ def _round_line(record: RoundRecord, rounds: int) -> str:
     )
     left_out = "".join(f"; without {s} ({why})" for s, why in sorted(record.left_out.items()))
     void = " VOID" if record.void else ""
+    from medfl.server.records import slowest
+
     what = f"round {record.round}/{rounds}" if record.trained else "the last model"
-    return f"{what}{void}: {len(record.sites)} sites, {record.seconds:.1f} s {metrics}{left_out}"
+    waited = f"; {text}" if (text := slowest(record)) else ""
+    sites = f"{len(record.sites)} sites, {record.seconds:.1f} s"
+    return f"{what}{void}: {sites} {metrics}{waited}{left_out}"
 
 
 def _plain(run: Run) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -115,12 +116,14 @@ class ConnectedSites:
         """The reply within the time that this site has."""
         patience, kind = self._patience, asked.kind
         reply = self._reply(site, asked, message_id, began)
+        waited = time.monotonic() - began
         if reply.refusal in _UNANSWERED:
             patience.missed(site, kind)
-        elif not reply.refusal:
+            return replace(reply, answered=waited)
+        if not reply.refusal:
             # Never less than it took: an earlier site may have been waited for meanwhile.
-            patience.answered(site, kind, time.monotonic() - began)
-        return reply
+            patience.answered(site, kind, waited)
+        return replace(reply, answered=min(waited, self._roster.answered_s(site, began) or waited))
 
     def _send(self, site: str, asked: Instruction, record: RecordDict) -> str | None:
         """The id to ask for the reply with; None where the site is not there."""

@@ -22,6 +22,8 @@ class RoundRecord:
     void: too few updates; the model did not change. model: digest of the weights after the round.
     epsilon: of a hospital by the study's [site_privacy], after this round; None without it.
     trained: False where a model was judged and none trained: after the last round.
+    answered: site -> seconds from its question to the whole answer, or until it was given up; of
+        hospitals that are asked over a network.
     """
 
     run: str
@@ -37,6 +39,7 @@ class RoundRecord:
     model: str = ""
     epsilon: float | None = None
     trained: bool = True
+    answered: dict[str, float] = field(default_factory=dict)
 
 
 def bytes_per_round(rounds: Sequence[RoundRecord]) -> tuple[int, int]:
@@ -97,6 +100,7 @@ def round_record(
     bytes_up: int = 0,
     directions: Mapping[str, Direction] | None = None,
     trained: bool = True,
+    answered: Mapping[str, float] | None = None,
 ) -> RoundRecord:
     """The record of one round from the admitted replies (their arrays are not looked at)."""
     losses = [(r.loss, r.n_cases) for r in replies if r.loss is not None]
@@ -114,7 +118,19 @@ def round_record(
         bytes_down=n_asked * (size(asked.weights) + size(asked.control)),
         bytes_up=bytes_up,
         trained=trained,
+        answered={r.site: r.answered for r in replies if r.answered is not None}
+        | dict(answered or {}),
     )
+
+
+def slowest(record: RoundRecord) -> str:
+    """Who was waited for longest, and how long; "" where that is not known, or of one alone."""
+    if len(record.answered) < 2:
+        return ""
+    site, seconds = max(record.answered.items(), key=lambda item: (item[1], item[0]))
+    own = {str(s["name"]): float(s.get("seconds") or 0.0) for s in record.sites}.get(site, 0.0)
+    work = f", of which {own:.1f} s its own work" if own else ""
+    return f"longest waited for {site}: {seconds:.1f} s{work}"
 
 
 def finite(plain: Any) -> Any:

@@ -146,6 +146,11 @@ class Roster:
         with self._changed:
             return time.monotonic() - self._moved.get(site, self._born)
 
+    def answered_s(self, site: str, began: float) -> float:
+        """Seconds from `began` (monotonic) to the last part of this site's answer that has come."""
+        with self._changed:
+            return max(0.0, self._moved.get(site, began) - began)
+
     def was_lost(self, message_id: str) -> bool:
         """Whether a SuperNode took this message with it, or nobody got it; said once."""
         with self._changed:

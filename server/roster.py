@@ -200,4 +200,6 @@ def _named(name: str, asked: Instruction, reply: Reply) -> Reply:
     why = reply.refusal
     if not why and (reply.site, reply.round) != (name, asked.round):
         why = "answer to another question"
-    return Reply(site=name, round=asked.round, refusal=why) if why else reply
+    if why:
+        return Reply(site=name, round=asked.round, refusal=why, answered=reply.answered)
+    return reply

@@ -279,6 +279,7 @@ def _round(federation: _Federation, model: Model, number: int) -> tuple[RoundRec
         void=not combined.n_sites or len(admitted.replies) < study.federation.min_sites,
         bytes_up=admitted.bytes_up,
         directions=admitted.directions.found() if isinstance(admitted, _Admitted) else None,
+        answered=admitted.answered if isinstance(admitted, _Admitted) else None,
     )
     best, before = model.best.or_this(number - 1, record.sites, model.weights), model.state
     if record.void and best.no_better:  # the same model is judged again in the next round
@@ -323,6 +324,7 @@ class _Admitted:
         self.directions = Directions(federation.noise_key)
         self.replies: list[Reply] = []
         self.left_out: dict[str, str] = {}
+        self.answered: dict[str, float] = {}
         self.bytes_up = 0
 
     def combined(self) -> Combined:
@@ -351,6 +353,8 @@ class _Admitted:
         asked, federation = self._asked, self._federation
         for reply in _ask(federation, self._roster, asked):
             self.bytes_up += size(reply.delta) + size(reply.control)
+            if reply.answered is not None:
+                self.answered[reply.site] = reply.answered
             kind = federation.study.federation.updates
             update, fault = opened(reply, asked, federation.travels, kind)
             del reply  # packed; it would lie in memory beside what it was unpacked to

@@ -75,6 +75,7 @@ def context(run: Run, drawn: Mapping[str, list[Figure]] | None = None) -> dict[s
         "privacy_figure": curves.epsilon_over_rounds(run) if run.private_sites else None,
         "data": tables.data_table(run),
         "made": tables.made(run),
+        "waiting": tables.waiting_table(run),
         "digests": tables.digest_table(run),
         "limits": summary.limits(run),
         "small": words.SMALL,

@@ -60,7 +60,8 @@ class Round:
     name. left_out: why, by site. void: too few answers, so the model stayed as it was.
     epsilon: of a hospital by [site_privacy]; None without it. site_length, site_cosine: of each
     admitted update, where the coordinator sees single ones (`medfl.strategies.direction`).
-    trained: False of a line after the last round, which judges a model.
+    trained: False of a line after the last round, which judges a model. answered: seconds from a
+    hospital's question to its answer; site_seconds: of these its own work, as it told.
     """
 
     run: str
@@ -76,6 +77,8 @@ class Round:
     site_length: Mapping[str, float | None] = field(default_factory=dict)
     site_cosine: Mapping[str, float | None] = field(default_factory=dict)
     trained: bool = True
+    answered: Mapping[str, float | None] = field(default_factory=dict)
+    site_seconds: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +222,8 @@ def _rounds(path: Path) -> Iterator[Round]:
             void=bool(plain.get("void", False)),
             epsilon=_number(plain.get("epsilon")),
             trained=bool(plain.get("trained", True)),
+            answered=_numbers(plain.get("answered")),
+            site_seconds={s["name"]: _number(s.get("seconds")) for s in sites},
         )
 
 

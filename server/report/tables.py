@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from medfl.server.average import first_averaged
@@ -266,6 +267,38 @@ def _split(facts: Mapping[str, Any]) -> str:
     if down is None or up is None:
         return ""
     return f": {words.size(down)} to them, {words.size(up)} from them"
+
+
+def waiting_table(run: Run) -> Table | None:
+    """Who was waited for, by hospital; None where nobody was asked over a network."""
+    rounds = [r for r in run.rounds if r.run == "main" and r.trained and r.answered]
+    if not rounds:
+        return None
+    names = sorted({name for r in rounds for name in r.answered})
+    last: dict[str, int] = {}
+    for line in rounds:
+        known = {name: s for name, s in line.answered.items() if s is not None}
+        slowest = max(known, key=lambda name: (known[name], name))
+        last[slowest] = last.get(slowest, 0) + 1
+    rows = []
+    for name in names:
+        waited = [s for r in rounds if (s := r.answered.get(name)) is not None]
+        own = [s for r in rounds if (s := r.site_seconds.get(name))]
+        rows.append(
+            [
+                (name, ""),
+                (f"{median(waited):.1f}", f"most {max(waited):.1f}"),
+                (f"{median(own):.1f}" if own else words.NONE, ""),
+                (f"{last.get(name, 0)} of {len(rounds)}", ""),
+            ]
+        )
+    text = (
+        "Seconds from a round's question to the whole answer, or until it was given up, and of "
+        "these the hospital's own work, as medians over the rounds. "
+        f"{words.NONE}: it does not tell."
+    )
+    head = ["Hospital", "Answer after, s", "Own work, s", "Waited for longest in"]
+    return Table(text, head, rows, folded=True)
 
 
 def _rounds(run: Run) -> str:
