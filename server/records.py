@@ -129,7 +129,7 @@ def slowest(record: RoundRecord) -> str:
         return ""
     site, seconds = max(record.answered.items(), key=lambda item: (item[1], item[0]))
     own = {str(s["name"]): float(s.get("seconds") or 0.0) for s in record.sites}.get(site, 0.0)
-    work = f", of which {own:.1f} s its own work" if own else ""
+    work = f", of which {own:.1f} s its own work" if own >= 0.05 else ""
     return f"longest waited for {site}: {seconds:.1f} s{work}"
 
 

@@ -133,8 +133,11 @@ def decide(federation: Federation, site: SiteRecord, decision: Decision) -> None
     if decision.verdict == "approved":
         known_digest(decision.cohort)
         now = federation.clock()
-        if not now < decision.expires <= now + MAX_APPROVAL_S or decision.cases < 1:
-            raise PolicyRefused("The approval has expired, has no end, or covers no cases.")
+        # No case: the hospital only evaluates, and may claim no weight.
+        if not now < decision.expires <= now + MAX_APPROVAL_S or decision.cases < 0:
+            raise PolicyRefused(
+                "The approval has expired, has no end, or states no number of cases."
+            )
     with federation.change():
         kept = decision_of(federation, decision.study, site.name)
         if kept == decision:

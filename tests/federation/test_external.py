@@ -224,8 +224,7 @@ def test_between_hospitals_its_approval_says_so_and_the_report_lists_it(
         record = SiteRecord(site, "active", "0" * 64, now + 9e6, public_of(key), now)
         save_record(federation.state / "sites" / f"{site}.json", record)
         word = Decision("approved", site, made.digest, "c" * 64, cases, now, now + 86400)
-        place = federation.state / "decisions" / made.digest
-        save_record(place / f"{site}.json", signed(key, word))
+        studies.decide(federation, record, signed(key, word))  # it was refused without a case
     run = runs.ask(federation, made, 2, seed=3, wait_s=5, deadline_s=60)
     work_off(federation, Here(hospitals(study)), run, threading.Event(), 0.0)
     done = runs.load(federation, run.id)
@@ -248,8 +247,7 @@ def test_hospitals_that_train_are_waited_for_not_only_any(
         record = SiteRecord(site, "active", "0" * 64, now + 9e6, public_of(key), now)
         save_record(federation.state / "sites" / f"{site}.json", record)
         word = Decision("approved", site, made.digest, "c" * 64, cases, now, now + 86400)
-        place = federation.state / "decisions" / made.digest
-        save_record(place / f"{site}.json", signed(key, word))
+        studies.decide(federation, record, signed(key, word))  # it was refused without a case
     run = runs.ask(federation, made, 2, seed=3, wait_s=0.1, deadline_s=60)
     engine = Here([h for h in hospitals(study) if h.name != "b"])
     work_off(federation, engine, run, threading.Event(), 0.0)
